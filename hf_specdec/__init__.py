@@ -1,0 +1,71 @@
+"""Speculative decoding inside `model.generate(..., assistant_strategy=...)`.
+
+Importing the package adds the keyword to every Transformers model; `HF_SPECDEC_NO_INSTALL=1` leaves that to `install()`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from .configuration import SpeculationConfig
+    from .generation.assisted import AssistedConfig
+    from .generation.loop import DecodingLoop
+    from .generation.plain import PlainConfig
+    from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
+    from .generation.vegas import VegasConfig
+    from .hub import save_strategy
+    from .integration import decoding_loop, install, uninstall
+
+_EXPORTS = {
+    "AssistedConfig": "generation.assisted",
+    "DecodingLoop": "generation.loop",
+    "PlainConfig": "generation.plain",
+    "SpeculationConfig": "configuration",
+    "SpeculationOutput": "generation.stats",
+    "SpeculationStats": "generation.stats",
+    "VegasConfig": "generation.vegas",
+    "decoding_loop": "integration",
+    "install": "integration",
+    "on_speculation": "generation.stats",
+    "save_strategy": "hub",
+    "uninstall": "integration",
+}
+
+__all__ = [
+    "AssistedConfig",
+    "DecodingLoop",
+    "PlainConfig",
+    "SpeculationConfig",
+    "SpeculationOutput",
+    "SpeculationStats",
+    "VegasConfig",
+    "decoding_loop",
+    "install",
+    "on_speculation",
+    "save_strategy",
+    "uninstall",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])
+
+
+if os.environ.get("HF_SPECDEC_NO_INSTALL", "0") != "1":
+    from .integration import install
+
+    install()

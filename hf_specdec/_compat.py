@@ -1,0 +1,60 @@
+"""Every test of a library's version, and every private name of Transformers that the package touches.
+
+Each entry says which releases need it, so that it can be dropped when the supported range moves on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+
+def attention_name(config: PreTrainedConfig) -> str | None:
+    """Return the attention implementation that `config` names, without the checks of the public property."""
+    return config._attn_implementation_internal  # private in 5.17 to 5.23; the public setter re-validates every module
+
+
+def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
+    """Make `config` name the attention implementation `name`."""
+    config._attn_implementation_internal = name
+
+
+def attention_can_be_replaced(model: PreTrainedModel) -> bool:
+    """Whether `model`'s attention goes through `AttentionInterface` (`set_attn_implementation` only warns otherwise)."""
+    return bool(model._can_set_attn_implementation())
+
+
+def cached_mask_length(generation_config: GenerationConfig) -> int | None:
+    """Return the columns of an all-ones attention mask that `generate` dropped, `None` where it was not recorded."""
+    return getattr(generation_config, "_mask_length", None)  # recorded by releases that slice a second turn by it
+
+
+def dynamic_layers(config: PreTrainedConfig) -> list[Any]:
+    """Return the cache layers that stock generation would use for a model of `config`."""
+    return list(DynamicCache(config=config).layers)
+
+
+def layer_window(layer: Any) -> int | None:
+    """Return a stock cache layer's sliding window, `None` for full attention; raise `TypeError` for any other kind."""
+    if type(layer) is DynamicLayer:
+        return None
+    if type(layer) is DynamicSlidingWindowLayer:
+        return int(layer.sliding_window)
+    raise TypeError(type(layer).__name__)
+
+
+def fill_dynamic_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
+    """Make `layer` hold the newest columns of `keys` and `values` `[b, h_kv, seen, d]`, as if it had seen them all."""
+    layer.lazy_initialization(keys, values)
+    kept = seen if not layer.is_sliding else min(seen, layer.sliding_window - 1)
+    layer.keys = keys[:, :, seen - kept :].contiguous()
+    layer.values = values[:, :, seen - kept :].contiguous()
+    if layer.is_sliding:
+        layer.cumulative_length = seen

@@ -1,0 +1,1 @@
+"""Measurement: the embedded model, real prompts, and the benchmark of strategies against stock generation."""

@@ -1,0 +1,203 @@
+"""`SpeculativeCache`: preallocated, ragged, and rolled back by changing lengths.
+
+Row j's token at position p has its keys and values in slot p of row j: prompts are stored without padding. A forward writes
+the tokens that it is fed at their slots, overwriting whatever a rejected draft left there, and attention reads slots up to
+each query's own position. So rollback and commit move no data, and lengths are per row and per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .. import _compat
+from ..kernels.step import Step
+
+
+class SpeculativeLayer(CacheLayerMixin):
+    """Keys and values of one layer, `[rows, h_kv, capacity, d]`, and the tokens that each active row has in it.
+
+    Args:
+        rows (`int`): rows of the batch.
+        capacity (`int`): slots to allocate at first.
+        window (`int`, *optional*): sliding window; its tokens are all kept and masked when they are read.
+    """
+
+    is_croppable = True
+
+    def __init__(self, rows: int, capacity: int, window: int | None) -> None:
+        super().__init__()
+        self.rows, self.capacity, self.window = rows, capacity, window
+        self.is_sliding = window is not None
+        self.lengths: torch.Tensor = torch.zeros(rows, dtype=torch.int64)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate zeroed storage of the first states' head counts, head sizes, dtype and device."""
+        self.device = key_states.device
+        # zeros, not empty memory: a masked NaN still poisons a product of probabilities and values
+        self.keys, self.values = (
+            states.new_zeros(self.rows, states.shape[1], self.capacity, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+        self.lengths = self.lengths.to(self.device)
+        self.is_initialized = True
+
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` tokens per row, at least doubling when the storage grows."""
+        if slots <= self.capacity:
+            return
+        self.capacity = max(slots, 2 * self.capacity)
+        if self.is_initialized:
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = old.new_zeros(self.rows, old.shape[1], self.capacity, old.shape[-1])
+                new[:, :, : old.shape[2]] = old
+                setattr(self, name, new)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the fed tokens' states `[n, h_kv, width, d]` to their slots and return the active rows' storage."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self.keys[: step.rows], self.values[: step.rows]
+        if step.uniform:
+            keys[:, :, step.low : step.high] = key_states
+            values[:, :, step.low : step.high] = value_states
+        else:
+            rows, slots = torch.arange(step.rows, device=self.device)[:, None], step.slots_on(self.device)
+            keys[rows, :, slots] = key_states.transpose(1, 2)
+            values[rows, :, slots] = value_states.transpose(1, 2)
+        self.lengths = step.ends_on(self.device)
+        return keys, values
+
+    def swap(self, i: int, j: int) -> None:
+        """Exchange the rows i and j."""
+        if self.is_initialized:
+            for states in (self.keys, self.values):
+                states[[i, j]] = states[[j, i]]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (keys, offset of the first key) of a mask; only a prefill, where all rows agree, asks for one."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the longest row's length (stock code asks for one number; it waits for the device)."""
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the layer grows when needed."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest `-tokens_to_remove` tokens of every row (stock's sign: a count to remove, negative)."""
+        self.lengths = (self.lengths - abs(tokens_to_remove)).clamp(min=0)
+
+
+class SpeculativeCache(Cache):
+    """Storage under every strategy: one `SpeculativeLayer` per decoder layer.
+
+    Args:
+        windows (`list[int | None]`): per layer its sliding window, `None` for full attention.
+        rows (`int`): rows of the batch.
+        capacity (`int`): slots per row to allocate at first; more are allocated when needed.
+
+    Attributes:
+        step (`Step`, *optional*): what the forward in progress does.
+        exact_slices (`bool`): `update` returns only slots in use. Stock attention reads all that it gets, so a prefill
+            sets it; the package's own attention takes the whole storage and masks it, which is faster.
+    """
+
+    def __init__(self, windows: Sequence[int | None], rows: int, capacity: int) -> None:
+        super().__init__(layers=[SpeculativeLayer(rows, capacity, window) for window in windows])
+        self.rows = rows
+        self.step: Step | None = None
+        self.exact_slices = False
+
+    def begin(self, step: Step) -> Step:
+        """Prepare for the forward that `step` describes, growing the storage where needed."""
+        for layer in self.layers:
+            layer.reserve(step.high)
+        self.step = step
+        return step
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store what the current step feeds and return what it reads (see `Step`)."""
+        step = self.step
+        if step is None:
+            raise RuntimeError("The cache was written outside a forward that the decoding loop began.")
+        step.layers_seen += 1
+        if step.view is not None and step.view.covers(layer_idx):
+            return step.view.append(layer_idx, key_states, value_states)
+        keys, values = self.layers[layer_idx].update(key_states, value_states, step)
+        if self.exact_slices:
+            return keys[:, :, : step.high], values[:, :, : step.high]
+        return keys, values
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say that every layer holds `lengths[i]` tokens of active row i: the whole of rollback and commit."""
+        tensors: dict[torch.device, torch.Tensor] = {}
+        for layer in self.layers:
+            device = layer.lengths.device
+            if device not in tensors:
+                tensors[device] = torch.tensor(lengths, dtype=torch.int64, device=device)
+            layer.lengths = tensors[device]
+
+    def swap(self, i: int, j: int) -> None:
+        """Exchange the rows i and j in every layer."""
+        for layer in self.layers:
+            layer.swap(i, j)
+
+    def load(
+        self, source: Cache, columns: torch.Tensor, counts: Sequence[int], width: int, rows: Sequence[int]
+    ) -> None:
+        """Copy a stock cache's prefix.
+
+        Args:
+            source (`DynamicCache`): holds `width` columns per row, in stock's padded layout.
+            columns (`torch.Tensor` of shape `[n, max(counts)]`, int64): the source column of each row's p-th token;
+                past a row's count the value does not matter.
+            counts (`list[int]`): tokens to take per row.
+            width (`int`): columns that the source has seen.
+            rows (`list[int]`): the source's row for each of the n rows.
+        """
+        longest = max(counts)
+        for layer, old in zip(self.layers, source.layers, strict=True):
+            if not longest:
+                continue
+            layer.reserve(longest)
+            if not layer.is_initialized:
+                layer.lazy_initialization(old.keys, old.values)
+            first = width - old.keys.shape[2]  # a sliding layer has dropped the columns before this one
+            index = (columns.to(old.keys.device) - first).clamp(min=0)[:, None, :, None]
+            for name in ("keys", "values"):
+                states = getattr(old, name)[list(rows)]
+                picked = states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[-1]))
+                getattr(layer, name)[: len(rows), :, :longest] = picked
+        self.set_lengths(counts)
+
+    def store(self, target: DynamicCache, slots: torch.Tensor, rows: Sequence[int]) -> None:
+        """Write the cache into `target` in stock's padded layout.
+
+        Args:
+            target (`DynamicCache`): an empty or older cache of the same model; its content is replaced.
+            slots (`torch.Tensor` of shape `[b, width]`, int64): the slot that each column of a row comes from, negative for
+                padding.
+            rows (`list[int]`): the storage row of each of the b rows.
+        """
+        for new, layer in zip(target.layers, self.layers, strict=True):
+            index = slots.to(layer.keys.device)
+            order = torch.tensor(rows, device=layer.keys.device)
+            found = []
+            for states in (layer.keys, layer.values):
+                picked = states[order].gather(
+                    2, index.clamp(min=0)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+                )
+                found.append(picked.masked_fill_(index[:, None, :, None] < 0, 0))
+            _compat.fill_dynamic_layer(new, found[0], found[1], slots.shape[1])

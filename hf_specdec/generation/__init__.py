@@ -1,0 +1,1 @@
+"""The decoding loop, its parts, and one file per method."""

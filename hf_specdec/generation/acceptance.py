@@ -1,0 +1,122 @@
+"""Acceptance rules: which draft tokens stay, and what follows them. Pure functions of tensors.
+
+Notation, per row: `p_i` the target's law at draft position i (i = 0 .. k, the last one is the bonus position), `q_i` the
+law that draft token `x_i` was really drawn from, `w_i` a weight on the target. All laws are float32 `[n, k or k + 1, V]`.
+
+One rule covers every method here. Token `x_i` is accepted with probability `min(1, 1 - w_i + w_i p_i(x_i) / q_i(x_i))`; the
+first refusal is replaced by a draw from `normalise(max(0, p_i - q_i))`; after the last accepted draft a token follows `p`.
+`w = 1` is speculative sampling (Leviathan et al., arXiv 2211.17192), `0 <= w < 1` the ensemble of DIVERSED, and a `q` whose
+mass is below 1 a proposal that may also propose nothing (VIA-SD): then the token after the last draft comes from the
+residual of that position's `q` as well. A draft without a law is a point mass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Verdict(NamedTuple):
+    """What verification decided.
+
+    Attributes:
+        accepted (`torch.Tensor` of shape `[n]`, int64): leading draft tokens that stay.
+        tokens (`torch.Tensor` of shape `[n, k + 1]`, int64): the accepted drafts, then the next token; what follows is
+            meaningless.
+    """
+
+    accepted: torch.Tensor
+    tokens: torch.Tensor
+
+
+def _assemble(drafts: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor) -> Verdict:
+    tokens = torch.cat([drafts, following[:, None]], dim=1)
+    return Verdict(accepted, tokens.scatter_(1, accepted[:, None], following[:, None]))
+
+
+def _leading(keep: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Return how many leading entries of `keep` `[n, k]` hold, at most `counts` `[n]`."""
+    return torch.minimum(keep.long().cumprod(dim=1).sum(dim=1), counts)
+
+
+def greedy_match(drafts: torch.Tensor, counts: torch.Tensor, choices: torch.Tensor) -> Verdict:
+    """Accept drafts while they equal the target's own choices.
+
+    Args:
+        drafts (`torch.Tensor` of shape `[n, k]`, int64): draft tokens.
+        counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
+        choices (`torch.Tensor` of shape `[n, k + 1]`, int64): the target's choice at each position.
+    """
+    accepted = _leading(drafts == choices[:, :-1], counts)
+    return _assemble(drafts, accepted, choices.gather(1, accepted[:, None])[:, 0])
+
+
+def acceptance_probability(
+    drafts: torch.Tensor, target: torch.Tensor, draft: torch.Tensor | None, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the probability `[n, k]` that each draft token is accepted, given that the ones before it were.
+
+    Args:
+        drafts (`torch.Tensor` of shape `[n, k]`, int64): draft tokens.
+        target (`torch.Tensor` of shape `[n, k + 1, V]` or `[n, k, V]`, float32): `p`.
+        draft (`torch.Tensor` of shape `[n, >= k, V]`, float32, *optional*): `q`; `None` for point masses.
+        weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`; `None` for 1 everywhere.
+    """
+    columns = drafts.shape[1]
+    p = target[:, :columns].gather(2, drafts[..., None])[..., 0]
+    if draft is None:
+        ratio = p
+    else:
+        q = draft[:, :columns].gather(2, drafts[..., None])[..., 0]
+        ratio = torch.where(q > 0, p / q, torch.zeros_like(p))  # q(x) = 0 means that x was not drawn from q: refuse
+    if weight is not None:
+        ratio = 1 - weight + weight * ratio
+    return ratio.clamp(max=1.0)
+
+
+def residual_law(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+    """Return `normalise(max(0, target - draft))`, or `target` where that has no mass (the two agree up to rounding).
+
+    Both are `[n, V]`, float32. The weight of a mixture drops out of its residual, so it is not needed here.
+    """
+    rest = (target - draft).clamp(min=0)
+    mass = rest.sum(dim=-1, keepdim=True)
+    return torch.where(mass > 1e-12, rest / mass.clamp(min=1e-12), target)
+
+
+def speculative_sample(
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    target: torch.Tensor,
+    draft: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+) -> Verdict:
+    """Accept drafts by the rule above and draw the token that follows, from torch's global generator.
+
+    Args:
+        drafts (`torch.Tensor` of shape `[n, k]`, int64): draft tokens.
+        counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
+        target (`torch.Tensor` of shape `[n, k + 1, V]`, float32): `p`.
+        draft (`torch.Tensor` of shape `[n, k, V]` or `[n, k + 1, V]`, float32, *optional*): `q`. With `k + 1` positions the
+            one after a row's last draft holds the sub-probability law of a proposal that proposed nothing there.
+        weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
+    """
+    columns = drafts.shape[1]
+    chance = acceptance_probability(drafts, target, draft, weight)
+    # float64 uniforms: in float32 an exact 0 would accept an impossible token once in 2**24 draws
+    keep = torch.rand(drafts.shape, dtype=torch.float64, device=drafts.device) < chance
+    accepted = _leading(keep, counts)
+    law = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[-1]))[:, 0]
+    refused = accepted < counts
+    if draft is None:
+        proposal = torch.zeros_like(law)
+        if columns:
+            proposal.scatter_(1, drafts.gather(1, accepted.clamp(max=columns - 1)[:, None]), 1.0)
+        use = refused
+    else:
+        index = accepted.clamp(max=draft.shape[1] - 1)
+        proposal = draft.gather(1, index[:, None, None].expand(-1, 1, draft.shape[-1]))[:, 0]
+        use = refused if draft.shape[1] == columns else torch.ones_like(refused)
+    law = torch.where(use[:, None], residual_law(law, proposal), law)
+    return _assemble(drafts, accepted, torch.multinomial(law, 1)[:, 0])

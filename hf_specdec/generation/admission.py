@@ -1,0 +1,204 @@
+"""What can be decoded, checked before any forward. Every refusal names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from .. import _compat
+
+
+_IGNORED_KWARGS = {
+    "attention_mask",  # read into the prompt
+    "position_ids",  # checked against the mask
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",  # prepared by stock for its own prefill
+    "return_dict",
+}
+_BEAM_FIELDS = {"num_beams": 1, "num_beam_groups": 1}
+_MODE_FIELDS = (
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "assistant_ensemble_weight",
+    "speculation_type",
+    "use_mtp",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+)
+
+
+def conflicting_modes(generation_config: GenerationConfig) -> list[str]:
+    """Return the fields of `generation_config` that ask for a stock decoding mode of their own, as `name=value`."""
+    found = []
+    for name, neutral in _BEAM_FIELDS.items():
+        value = getattr(generation_config, name, None)
+        if value not in (None, neutral):
+            found.append(f"{name}={value}")
+    for name in _MODE_FIELDS:
+        value = getattr(generation_config, name, None)
+        if value is not None and value is not False:
+            found.append(f"{name}={value}")
+    if getattr(generation_config, "penalty_alpha", None):
+        found.append(f"penalty_alpha={generation_config.penalty_alpha}")
+    return found
+
+
+def check_call(
+    model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool
+) -> None:
+    """Raise `ValueError` for a call that can't run under a strategy.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        generation_config (`GenerationConfig`): as prepared by `generate()`.
+        model_kwargs (`dict`): what `generate()` would pass to the model.
+        synced_gpus (`bool`): whether ranks must step together.
+    """
+    modes = conflicting_modes(generation_config)
+    if modes:
+        raise ValueError(
+            f"`assistant_strategy` decodes greedily or by sampling, one sequence per row; it can't be combined with "
+            f'{", ".join(modes)}. Leave that out, or pass `assistant_strategy="off"`.'
+        )
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"`cache_implementation={generation_config.cache_implementation!r}` can't be used with `assistant_strategy`, "
+            "which brings its own preallocated cache; allowed: None or 'dynamic'."
+        )
+    if generation_config.use_cache is False:
+        raise ValueError("`use_cache=False` can't be used with `assistant_strategy`, which decodes from a cache.")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name, False):
+            raise ValueError(f"`{name}=True` is not available under `assistant_strategy`.")
+    if generation_config.max_length is not None and generation_config.max_new_tokens == 0:
+        raise ValueError("`max_new_tokens` must be at least 1 under `assistant_strategy`, got 0.")
+    if synced_gpus:
+        raise ValueError("`synced_gpus=True` (ZeRO-3 or FSDP generation) is not supported under `assistant_strategy`.")
+    for name, value in model_kwargs.items():
+        if value is None or name in _IGNORED_KWARGS or (name in ("output_attentions", "output_hidden_states") and not value):
+            continue
+        raise ValueError(f"The model argument `{name}` is not supported under `assistant_strategy`; allowed: text input only.")
+    _check_prompt_learning(model)
+
+
+def _check_prompt_learning(model: PreTrainedModel) -> None:
+    # PEFT binds its own input preparation to the base model for the time of the call
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    config = getattr(owner, "active_peft_config", None)
+    if owner is not model and getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"The PEFT adapter of type {config.peft_type} prepends virtual tokens (prompt learning), which "
+            "`assistant_strategy` does not support; LoRA-like adapters are supported."
+        )
+
+
+def check_position_ids(position_ids: torch.Tensor | None, mask: torch.Tensor, width: int) -> None:
+    """Raise `ValueError` unless `position_ids` count each row's real tokens, as our cache does.
+
+    Args:
+        position_ids (`torch.Tensor` of shape `[b or 1, <= width]`, *optional*): what the model would be given.
+        mask (`torch.Tensor` of shape `[b, width]`, bool): real tokens.
+    """
+    if position_ids is None:
+        return
+    if position_ids.dim() != 2 or position_ids.shape[1] > width:
+        raise ValueError(f"`position_ids` of shape {tuple(position_ids.shape)} are not supported; allowed: [batch, length].")
+    tail = mask[:, width - position_ids.shape[1] :]
+    expected = (mask.cumsum(dim=1) - 1)[:, width - position_ids.shape[1] :]
+    if not bool(((position_ids == expected) | ~tail).all()):
+        raise ValueError("`position_ids` that don't count each row's tokens from 0 are not supported under `assistant_strategy`.")
+
+
+def layer_windows(model: PreTrainedModel, argument: str = "model") -> list[int | None]:
+    """Return each decoder layer's sliding window (`None` for full attention), or raise `ValueError` for a model that can't run.
+
+    Args:
+        model (`PreTrainedModel`): target or assistant.
+        argument (`str`): what the caller calls it, for the message.
+    """
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(f"`{argument}` {name} is not supported under `assistant_strategy`: {reason}.")
+
+    if model.config.is_encoder_decoder:
+        raise refuse("it is an encoder-decoder model; decoder-only models are supported")
+    if model.get_output_embeddings() is None:
+        raise refuse("it has no language modeling head")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise refuse(f"it has layers of type {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}; full and "
+                     "sliding attention are supported, recurrent and chunked layers are not")
+    if getattr(model, "_is_stateful", False):
+        raise refuse("its layers keep a recurrent state, which can't be rolled back")
+    if not _compat.attention_can_be_replaced(model):
+        raise refuse("its attention does not go through Transformers' AttentionInterface")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise refuse(f"its layers share keys and values (num_kv_shared_layers={config.num_kv_shared_layers})")
+    if getattr(config, "kv_lora_rank", None):
+        raise refuse("its attention is latent (MLA), which has not been tested")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise refuse("its attention is not causal (use_bidirectional_attention)")
+    try:
+        return [_compat.layer_window(layer) for layer in _compat.dynamic_layers(model.config)]
+    except TypeError as error:
+        raise refuse(f"its cache has layers of the kind {error}") from error
+
+
+def check_rope(config: PreTrainedConfig, shortest: int, longest: int) -> None:
+    """Raise `ValueError` where rotary frequencies would change during the call, so that cached keys go stale.
+
+    Args:
+        config (`PreTrainedConfig`): the decoder's config.
+        shortest (`int`): tokens of the shortest prompt.
+        longest (`int`): tokens that the call can reach.
+    """
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        kind = rope.get("rope_type", rope.get("type"))
+        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        limit = limit or config.max_position_embeddings
+        if rope.get("mrope_section"):
+            raise ValueError("M-RoPE (`mrope_section`) is not supported under `assistant_strategy`.")
+        if (kind == "dynamic" and longest > limit) or (kind == "longrope" and shortest <= limit < longest):
+            raise ValueError(
+                f"This call can reach {longest} tokens, past the {limit} at which {kind!r} RoPE changes its frequencies; "
+                "`assistant_strategy` needs a `max_length` on one side of it."
+            )
+
+
+def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel) -> None:
+    """Raise `ValueError` unless `assistant` can draft for `model`: a supported model, of the same vocabulary up to padding."""
+    layer_windows(assistant, "assistant_model")
+    ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (model, assistant))
+    if abs(ours - theirs) > 1024:
+        raise ValueError(
+            f"`assistant_model` has a vocabulary of {theirs} tokens, the model {ours}; they must be the same up to at most "
+            "1024 rows of padding."
+        )
+
+
+def check_tokenizers(tokenizer: Any, assistant_tokenizer: Any) -> None:
+    """Raise `ValueError` if both are given and their vocabularies differ."""
+    if tokenizer is not None and assistant_tokenizer is not None and tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
+        raise ValueError("`tokenizer` and `assistant_tokenizer` have different vocabularies; the assistant must share the model's.")
+
+
+def check_cache(past: Any, batch: int) -> DynamicCache | None:
+    """Return `past` if it can be imported, `None` if it is empty; raise `TypeError` or `ValueError` otherwise."""
+    if past is None:
+        return None
+    if type(past) is not DynamicCache:
+        raise TypeError(f"`past_key_values` must be a DynamicCache under `assistant_strategy`, got {type(past).__name__}.")
+    if not past.get_seq_length():
+        return None
+    rows = next(layer.keys.shape[0] for layer in past.layers)
+    if rows != batch:
+        raise ValueError(f"`past_key_values` has {rows} rows, the prompt {batch} (after `num_return_sequences`).")
+    return past
+
+

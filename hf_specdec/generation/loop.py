@@ -1,0 +1,242 @@
+"""`DecodingLoop`: the only decoding loop. It prefills, steps, emits, stops, rolls back and returns what stock would return.
+
+It is a valid `custom_generate` callable, so `model.generate(custom_generate=loop)` works without the package's wrapper.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.utils import logging
+
+from .. import _compat
+from ..configuration import SpeculationConfig
+from . import admission
+from .output import Emitter
+from .processors import ProcessorChain
+from .prompt import Prompt
+from .registry import strategy_class
+from .runner import ModelRunner
+from .state import DecodingState
+from .stats import SpeculationOutput, SpeculationStats, report, timings_wanted
+from .strategy import SpeculationStrategy, StepResult
+
+
+logger = logging.get_logger(__name__)
+
+
+class DecodingLoop:
+    """Decodes with one strategy.
+
+    Args:
+        config (`SpeculationConfig`): the strategy's settings.
+        assistant_model (`PreTrainedModel`, *optional*): for strategies that draft with a second model.
+        streamer (`BaseStreamer`, *optional*): gets tokens once they are final. (On the `custom_generate` path stock drops a
+            streamer given to `generate()`, after pushing the prompt to it; give the same one here.)
+
+    Raises:
+        ValueError: for an assistant that the strategy needs and did not get, or got and does not use.
+    """
+
+    def __init__(
+        self,
+        config: SpeculationConfig,
+        *,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: Any = None,
+    ) -> None:
+        self.config, self.assistant_model, self.streamer = config, assistant_model, streamer
+        self.make_strategy()  # wrong arguments fail here, before any model is prepared
+
+    def make_strategy(self) -> SpeculationStrategy:
+        """Return a fresh strategy: instances are per call."""
+        return strategy_class(self.config.strategy)(self.config, assistant_model=self.assistant_model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> SpeculationOutput | torch.Tensor:
+        """Generate, called by `generate()` with everything prepared.
+
+        Args:
+            model (`PreTrainedModel`): the target.
+            input_ids (`torch.Tensor` of shape `[b, T]`, int64): prompts, left-padded.
+
+        Returns:
+            The sequences `[b, T + new]`, or a `SpeculationOutput` with `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: for anything that `generation.admission` refuses, before any forward.
+        """
+        if generation_config is None:
+            raise ValueError("`DecodingLoop` is called by `generate()`: pass it as `custom_generate=`.")
+        strategy = self.make_strategy()
+        state, emitter = self._prepare(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs,
+            self.streamer if self.streamer is not None else streamer, strategy,
+        )  # fmt: skip
+        past = model_kwargs.get("past_key_values")
+        keep_cache = bool(generation_config.return_dict_in_generate) or getattr(past, "_is_user_defined", False)
+        groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
+        with ExitStack() as stack:
+            stack.enter_context(state.contexts)
+            stack.callback(strategy.close, state)
+            finished = [self._decode(strategy, state, emitter, rows, keep_cache) for rows in groups]
+            end = max(state.columns)
+            if keep_cache or emitter.collected:
+                for target, order in finished:
+                    self._complete(state, emitter, target, order, end)
+        if emitter.streamer is not None:
+            emitter.streamer.end()
+        stats = state.stats
+        report(stats)
+        cache = self._export(model, state, finished, past, end) if keep_cache else None
+        sequences = state.ids[:, :end]
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return SpeculationOutput(
+            sequences=sequences, past_key_values=cache, speculation=stats if stats.num_drafts else None, **emitter.tables(end)
+        )
+
+    def _prepare(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        processors: LogitsProcessorList | None,
+        criteria: StoppingCriteriaList | None,
+        generation_config: GenerationConfig,
+        synced_gpus: bool,
+        model_kwargs: dict[str, Any],
+        streamer: Any,
+        strategy: SpeculationStrategy,
+    ) -> tuple[DecodingState, Emitter]:
+        """Check the call and build its state; nothing has been computed or changed by then."""
+        admission.check_call(model, generation_config, model_kwargs, synced_gpus)
+        windows = admission.layer_windows(model)
+        if self.assistant_model is not None:
+            admission.check_assistant(model, self.assistant_model)
+        past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])
+        width = _compat.cached_mask_length(generation_config)
+        prompt = Prompt.read(input_ids, model_kwargs.get("attention_mask"), past, width)
+        admission.check_position_ids(model_kwargs.get("position_ids"), prompt.mask, prompt.mask.shape[1])
+        room = generation_config.max_length - input_ids.shape[1]
+        if room < 1:
+            raise ValueError(
+                f"`max_length` is {generation_config.max_length} for a prompt of {input_ids.shape[1]} tokens; there must be "
+                "room for at least one new token."
+            )
+        admission.check_rope(model.config.get_text_config(decoder=True), min(prompt.lengths), max(prompt.lengths) + room)
+        chain = ProcessorChain(processors if processors is not None else LogitsProcessorList())
+        stats = SpeculationStats(
+            strategy=self.config.strategy, accept_lengths=[[] for _ in range(input_ids.shape[0])], timed=timings_wanted()
+        )
+        state = DecodingState(model, prompt, generation_config, chain, windows, stats)
+        rules = criteria if criteria is not None else StoppingCriteriaList()
+        returns = bool(generation_config.return_dict_in_generate)
+        emitter = Emitter(
+            state,
+            rules,
+            streamer,
+            scores=returns and bool(generation_config.output_scores),
+            logits=returns and bool(generation_config.output_logits),
+        )
+        if not strategy.batched and state.batch > 1:
+            self._check_in_turn(emitter, state.batch)
+        if not strategy.lossless:
+            logger.warning_once(f"The strategy {self.config.strategy!r} is lossy under these settings: see its documentation.")
+        return state, emitter
+
+    def _check_in_turn(self, emitter: Emitter, batch: int) -> None:
+        what = [type(rule).__name__ for rule in emitter.custom] + (["streamer"] if emitter.streamer is not None else [])
+        if what:
+            raise ValueError(
+                f"The strategy {self.config.strategy!r} decodes the {batch} rows in turn, so it can't serve "
+                f"{', '.join(what)}, which see all rows column by column; pass one row per call."
+            )
+        logger.warning_once(f"The strategy {self.config.strategy!r} decodes the rows of a batch in turn.")
+
+    def _decode(
+        self, strategy: SpeculationStrategy, state: DecodingState, emitter: Emitter, rows: list[int], keep_cache: bool
+    ) -> tuple[ModelRunner, list[int]]:
+        """Decode `rows` together until all are finished; return the target's runner and the row in each storage slot."""
+        # before `begin` the caches are sized for the call; the block after the last kept token needs room as well
+        cache = strategy.make_cache(state, len(rows))
+        state.begin(rows, ModelRunner(state.model, cache, state.max_length), emitter.eos)
+        strategy.setup(state)
+        with state.timed("prefill"):
+            first = strategy.prefill(state)
+        scores = state.process(first.logits, state.pending[:, :0])
+        tokens, _ = state.choose(scores[:, -1])
+        ones, zeros = [1] * len(rows), [0] * len(rows)
+        result = StepResult(tokens[:, None], ones, zeros, zeros, first.logits[:, -1:], scores[:, -1:])
+        retired: list[int] = []
+        count = False
+        while True:
+            kept = emitter.emit(result, count=count)
+            strategy.commit(state, kept)
+            emitter.advance(rows)
+            for slot in reversed(range(len(state.active))):
+                if emitter.done[state.active[slot]]:
+                    retired.append(state.active[slot])
+                    state.retire(slot)
+            if not state.active:
+                # retired rows fill the storage from its end
+                return state.target, retired[::-1]
+            result, count = strategy.step(state), True
+
+    def _complete(self, state: DecodingState, emitter: Emitter, target: ModelRunner, order: list[int], end: int) -> None:
+        """Feed finished rows the padding that stock would have fed them, for its scores and for the returned cache."""
+        missing = [end - state.columns[row] for row in order]
+        if not max(missing):
+            return
+        state.active, width = list(order), max(missing)
+        starts = [count - 1 for count in state.committed]
+        pads = state.pending.new_full((len(order), width), state.pad_token)
+        tokens = torch.cat([state.pending, pads[:, 1:]], dim=1)
+        output = target.forward(tokens, starts)
+        logits = output.logits.to(state.device)
+        columns = [state.columns[row] for row in order]
+        scores = logits
+        if emitter.collects["scores"] and len(state.processors):
+            scores = state.processors(logits, state.ids, order, columns, pads)
+        for slot, (row, count) in enumerate(zip(order, missing, strict=True)):
+            emitter.complete(row, {"scores": scores[slot, :count], "logits": logits[slot, :count]})
+
+    @staticmethod
+    def _export(
+        model: PreTrainedModel,
+        state: DecodingState,
+        finished: list[tuple[ModelRunner, list[int]]],
+        past: DynamicCache | None,
+        end: int,
+    ) -> DynamicCache:
+        """Write the caches into the caller's cache, or a new one, in stock's padded layout."""
+        slots = state.prompt.slots(end - state.prompt.ids.shape[1])[:, :-1]
+        parts, rows = [], []
+        for target, order in finished:
+            part = DynamicCache(config=model.config)
+            target.cache.store(part, slots[order], list(range(len(order))))
+            parts.append(part)
+            rows += order
+        back = torch.tensor(rows).argsort()
+        for index, layer in enumerate(parts[0].layers):
+            pieces = [part.layers[index] for part in parts]
+            layer.keys, layer.values = (
+                torch.cat([getattr(piece, name) for piece in pieces])[back.to(layer.device)] for name in ("keys", "values")
+            )
+        if past is None:
+            return parts[0]
+        past.layers[:] = parts[0].layers  # in place: the caller goes on using this object
+        return past
+

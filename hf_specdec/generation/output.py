@@ -1,0 +1,132 @@
+"""`Emitter`: what leaves the loop. It cuts new tokens, runs criteria and streamer by column, and collects scores.
+
+The column clock: column t goes to the stopping criteria and the streamer, as the `[b, t]` matrix of stock decoding, once every
+unfinished row has it. Rows that are ahead lose what lies past the verdict.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+from .state import DecodingState
+from .strategy import StepResult
+
+
+class Emitter:
+    """Emits tokens for one call.
+
+    Args:
+        state (`DecodingState`): the text.
+        criteria (`StoppingCriteriaList`): as prepared by `generate()`.
+        streamer (`BaseStreamer`, *optional*): gets every column once.
+        scores (`bool`): collect processed scores.
+        logits (`bool`): collect raw logits.
+    """
+
+    def __init__(
+        self, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any, scores: bool, logits: bool
+    ) -> None:
+        self.state, self.criteria, self.streamer = state, criteria, streamer
+        self.collects = {"scores": scores, "logits": logits}
+        self.collected: dict[str, list[list[torch.Tensor]]] = {
+            name: [[] for _ in range(state.batch)] for name, wanted in self.collects.items() if wanted
+        }
+        self.first = state.columns[0]
+        self.clock = self.first
+        self.done = [False] * state.batch
+        self.flagged = [False] * state.batch
+        self.eos = frozenset(
+            int(token) for rule in criteria if type(rule) is EosTokenCriteria for token in rule.eos_token_id.flatten()
+        )
+        # stock pads finished rows only if some criterion knows EOS; otherwise they go on until all are finished
+        self.pads = any(hasattr(rule, "eos_token_id") for rule in criteria)
+        self.custom = [rule for rule in criteria if type(rule) not in (EosTokenCriteria, MaxLengthCriteria)]
+
+    def emit(self, result: StepResult, *, count: bool = True) -> list[int]:
+        """Append a step's tokens to the active rows and return how many each kept.
+
+        Args:
+            result (`StepResult`): the step's outcome.
+            count (`bool`, *optional*, defaults to `True`): count it in the statistics (the prefill's token is not).
+        """
+        state, kept = self.state, []
+        for slot, (row, tokens) in enumerate(zip(state.active, result.tokens.tolist(), strict=True)):
+            new = tokens[: min(result.counts[slot], state.max_length - state.columns[row])]
+            for place, token in enumerate(new):
+                if token in self.eos:
+                    new, self.done[row] = new[: place + 1], True
+                    break
+            state.write(row, new)
+            if state.columns[row] >= state.max_length:
+                self.done[row] = True
+            for name, rows in self.collected.items():
+                values = getattr(result, name)[slot, : len(new)]
+                rows[row].append(values.float())
+            if count:
+                state.stats.record(row, result.drafted[slot], result.accepted[slot], len(new))
+            kept.append(len(new))
+        return kept
+
+    def advance(self, rows: list[int]) -> None:
+        """Run the column clock as far as the given rows allow."""
+        if not self.custom and self.streamer is None:
+            return
+        columns = self.state.columns
+        while True:
+            unfinished = [row for row in rows if not self.done[row]]
+            if self.clock >= min((columns[row] for row in unfinished), default=max(columns[row] for row in rows)):
+                return
+            self.clock += 1
+            text = self.state.ids[:, : self.clock]
+            if self.custom:
+                self._judge(text, rows)
+            if self.streamer is not None:
+                self.streamer.put(text[:, -1].cpu())
+
+    def _judge(self, text: torch.Tensor, rows: list[int]) -> None:
+        verdict = self.criteria(text, self._columns_of("scores", self.clock)).tolist()
+        state = self.state
+        for row in rows:
+            if not verdict[row] or (self.done[row] and state.columns[row] <= self.clock):
+                continue
+            self.flagged[row] = True
+            if self.pads:
+                self._finish(row)
+        if not self.pads and all(self.flagged[row] for row in rows):
+            for row in rows:
+                self._finish(row)
+
+    def _finish(self, row: int) -> None:
+        """End `row` at the clock's column."""
+        surplus = self.state.columns[row] - self.clock
+        if surplus > 0:
+            self.state.stats.forget(row, surplus)
+            self.state.cut(row, self.clock)
+            for rows in self.collected.values():
+                rows[row] = [torch.cat(rows[row])[:-surplus]]
+        self.done[row] = True
+
+    def _columns_of(self, name: str, end: int) -> tuple[torch.Tensor, ...] | None:
+        """Return what was collected up to column `end` as stock's tuple of `[b, V]`, `None` where nothing is collected."""
+        if name not in self.collected:
+            return None
+        width = end - self.first
+        rows = [torch.cat(parts)[:width] if parts else None for parts in self.collected[name]]
+        size = next(row.shape[1] for row in rows if row is not None)
+        table = torch.zeros(width, len(rows), size, device=self.state.device)
+        for index, row in enumerate(rows):
+            if row is not None:
+                table[: len(row), index] = row
+        return tuple(table)
+
+    def complete(self, row: int, values: dict[str, torch.Tensor]) -> None:
+        """Add what a finished row's padding would have scored, `[m, V]` by name."""
+        for name, rows in self.collected.items():
+            rows[row].append(values[name].float())
+
+    def tables(self, end: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
+        """Return the collected scores and logits up to column `end`, by name."""
+        return {name: self._columns_of(name, end) for name in self.collects}

@@ -1,0 +1,127 @@
+"""`ModelRunner`: one model with its cache, fed tokens at absolute positions. Targets and assistants use the same class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache.speculative import SpeculativeCache
+from ..kernels.step import Step
+
+
+class Forward(NamedTuple):
+    """What a forward returned.
+
+    Attributes:
+        logits (`torch.Tensor` of shape `[n, m, V]`): raw logits, in the model's dtype.
+        hidden (`torch.Tensor` of shape `[n, m, H]`, *optional*): the LM head's input.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+class ModelRunner:
+    """Runs `model` over `cache`.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model; `kernels.dispatch.speculative_attention` must be active.
+        cache (`SpeculativeCache`): its keys and values.
+        max_length (`int`): tokens that a row can have at most; fed positions are clamped below it, because the unused tail
+            of a block may pass the end of a learned position table.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: SpeculativeCache, max_length: int) -> None:
+        self.model, self.cache = model, cache
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.last_position = max_length - 1
+        self._prefill_options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+        self._checked = False
+
+    def forward(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> Forward:
+        """Feed `tokens` `[n, m]` at the positions `starts[i] .. starts[i] + m - 1` of each active row.
+
+        Args:
+            tokens (`torch.Tensor` of shape `[n, m]`, int64): ids.
+            starts (`list[int]`): position of each row's first fed token; earlier positions are read from the cache.
+            hidden (`bool`, *optional*, defaults to `False`): return the LM head's input too.
+            options: `score`, `last` and `view` of `Step`.
+
+        Raises:
+            RuntimeError: if the model did not run every layer's attention through the package (first forward only).
+        """
+        step = self.cache.begin(Step(starts, tokens.shape[1], self.device, **options))
+        positions = step.slots_on(self.device).clamp(max=self.last_position)
+        with _head_input(self.model, hidden) as seen:
+            output = self.model(
+                input_ids=tokens.to(self.device),
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+                specdec_step=step,
+            )
+        if not self._checked:
+            if step.layers_seen != len(self.cache.layers) or step.layers_attended != len(self.cache.layers):
+                raise RuntimeError(
+                    f"{type(self.model).__name__} has {len(self.cache.layers)} layers, of which {step.layers_seen} wrote the "
+                    f"cache and {step.layers_attended} attended through hf_specdec; `assistant_strategy` can't run this model."
+                )
+            self._checked = True
+        return Forward(output.logits, seen[0] if hidden else None)
+
+    def prefill(self, tokens: torch.Tensor, chunk: int | None) -> None:
+        """Fill the first `m` slots of every row with the model's own attention, which must be active.
+
+        Args:
+            tokens (`torch.Tensor` of shape `[n, m]`, int64): left-aligned ids; what follows a row's end is overwritten later.
+            chunk (`int`, *optional*): columns per forward; `None` for all at once.
+        """
+        self.cache.exact_slices = True
+        try:
+            for begin in range(0, tokens.shape[1], chunk or max(tokens.shape[1], 1)):
+                part = tokens[:, begin : begin + chunk] if chunk else tokens
+                step = self.cache.begin(Step([begin] * part.shape[0], part.shape[1], self.device))
+                self.model(
+                    input_ids=part.to(self.device),
+                    position_ids=step.slots_on(self.device)[:1].clamp(max=self.last_position),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    return_dict=True,
+                    **self._prefill_options,
+                )
+        finally:
+            self.cache.exact_slices = False
+
+    def extend(self, text: torch.Tensor, begins: Sequence[int], ends: Sequence[int], chunk: int) -> None:
+        """Feed each row's tokens at positions `[begins[i], ends[i])` with our attention, in blocks of `chunk` columns.
+
+        Args:
+            text (`torch.Tensor` of shape `[n, >= max(ends)]`, int64): ids by position.
+        """
+        width = max(end - begin for begin, end in zip(begins, ends, strict=True))
+        for shift in range(0, width, chunk):
+            m = min(chunk, width - shift)
+            # a row that is done feeds its last tokens again, at their own places
+            starts = [max(0, min(begin + shift, end - m)) for begin, end in zip(begins, ends, strict=True)]
+            index = torch.tensor(starts, device=text.device)[:, None] + torch.arange(m, device=text.device)
+            self.forward(text.gather(1, index), starts)
+
+
+@contextmanager
+def _head_input(model: PreTrainedModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
+    """Collect what enters the LM head inside the context (exact for every family, and no other layer's states are kept)."""
+    seen: list[torch.Tensor] = []
+    if not wanted:
+        yield seen
+        return
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()

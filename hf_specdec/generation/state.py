@@ -1,0 +1,205 @@
+"""`DecodingState`: what a strategy sees of one `generate()` call, and the text that the loop has emitted so far.
+
+Rows have two numbers: a *row* is the caller's, a *slot* is the place among the active rows (`active[slot] = row`). Active rows
+occupy the slots `[0, n)` of every cache; a row that finishes is exchanged with the last active one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..kernels.dispatch import speculative_attention
+from .processors import ProcessorChain
+from .prompt import Prompt
+from .runner import Forward, ModelRunner
+from .stats import SpeculationStats
+
+
+_EXTEND_CHUNK = 256
+"""Columns per forward when a later turn's prompt is read with our own attention."""
+
+
+class Follower(Protocol):
+    """Anything that keeps something per slot."""
+
+    def swap(self, i: int, j: int) -> None:
+        """Exchange what is kept of the slots i and j."""
+
+
+class DecodingState:
+    """The call as strategies see it.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        prompt (`Prompt`): its input.
+        generation_config (`GenerationConfig`): as prepared by `generate()`.
+        processors (`ProcessorChain`): the caller's logits processors.
+        windows (`list[int | None]`): per layer its sliding window.
+        stats (`SpeculationStats`): counters.
+
+    Attributes:
+        ids (`torch.Tensor` of shape `[b, max_length]`, int64): the text by column, rows in the caller's order, padded.
+        text (`torch.Tensor` of shape `[b, max_length]`, int64): the same by position, without padding.
+        columns (`list[int]`): columns that each row has.
+        active (`list[int]`): the row in each slot.
+        contexts (`ExitStack`): temporary changes to models; closed when the call ends, also by an exception.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt: Prompt,
+        generation_config: GenerationConfig,
+        processors: ProcessorChain,
+        windows: list[int | None],
+        stats: SpeculationStats,
+    ) -> None:
+        self.model, self.prompt, self.generation_config = model, prompt, generation_config
+        self.processors, self.windows, self.stats = processors, windows, stats
+        self.do_sample = bool(generation_config.do_sample)
+        self.max_length = int(generation_config.max_length)
+        self.batch, given = prompt.ids.shape
+        self.device = prompt.ids.device
+        pad = generation_config._pad_token_tensor
+        self.pad_token = int(pad) if pad is not None else 0
+        self.ids = prompt.ids.new_full((self.batch, max(self.max_length, given)), self.pad_token)
+        self.ids[:, :given] = prompt.ids
+        self.text = prompt.ids.new_zeros(self.batch, max(self.max_length, max(prompt.lengths)))
+        self.text[:, : prompt.tokens.shape[1]] = prompt.tokens
+        self.columns = [given] * self.batch
+        # position = column - offset for generated tokens; negative where a cache holds columns that `input_ids` lacks
+        self.offsets = [given - length for length in prompt.lengths]
+        self.active: list[int] = []
+        self.followers: list[Follower] = []
+        self.contexts = ExitStack()
+        self.target: ModelRunner
+        self._eos: frozenset[int] = frozenset()
+
+    # what a strategy may ask
+
+    @property
+    def committed(self) -> list[int]:
+        """Tokens per slot, the pending one included."""
+        return [self.columns[row] - self.offsets[row] for row in self.active]
+
+    @property
+    def remaining(self) -> list[int]:
+        """Tokens that each slot may still emit."""
+        return [self.max_length - self.columns[row] for row in self.active]
+
+    @property
+    def pending(self) -> torch.Tensor:
+        """The newest token of each slot, `[n, 1]`: emitted, not yet in any cache."""
+        return self.tail(1)
+
+    def tail(self, width: int) -> torch.Tensor:
+        """Return the newest `width` tokens of each slot, `[n, width]`."""
+        rows = torch.tensor(self.active, device=self.device)[:, None]
+        ends = torch.tensor(self.committed, device=self.device)[:, None]
+        return self.text[rows, ends + torch.arange(-width, 0, device=self.device)]
+
+    def draft_room(self, limit: int) -> list[int]:
+        """Return how many tokens each slot may draft: at most `limit`, and one less than it may emit."""
+        return [max(0, min(limit, left - 1)) for left in self.remaining]
+
+    def is_eos(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return which of `ids` end a row; bool, of the same shape."""
+        return torch.isin(ids, torch.tensor(sorted(self._eos), dtype=ids.dtype, device=ids.device))
+
+    def forward(self, tokens: torch.Tensor, **options: Any) -> Forward:
+        """Run the target over `tokens` `[n, m]`, whose first column is each slot's pending token (see `ModelRunner.forward`)."""
+        self.stats.target_forwards += 1
+        return self.target.forward(tokens, [count - 1 for count in self.committed], **options)
+
+    def process(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        """Return `logits` `[n, m, V]` after the caller's processors, on the text's device.
+
+        Args:
+            logits: entry (i, j) predicts what follows slot i's text and its first j drafts.
+            drafts (`torch.Tensor` of shape `[n, >= m - 1]`, int64): draft tokens.
+        """
+        logits = logits.to(self.device)
+        if not len(self.processors) and not self.do_sample:
+            return logits  # greedy decoding reads the argmax only, which no cast changes
+        columns = [self.columns[row] for row in self.active]
+        return self.processors(logits, self.ids, self.active, columns, drafts)
+
+    def process_next(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        """Return `logits` `[n, V]` of what follows each slot's text and `drafts` `[n, j]`, after the caller's processors."""
+        if not len(self.processors) and not self.do_sample:
+            return logits
+        columns = [self.columns[row] + drafts.shape[1] for row in self.active]
+        ids = self.ids
+        if drafts.shape[1]:
+            ids = torch.nn.functional.pad(self.ids, (0, drafts.shape[1]))
+            for slot, row in enumerate(self.active):
+                ids[row, self.columns[row] : columns[slot]] = drafts[slot]
+        return self.processors(logits[:, None], ids, self.active, columns, drafts[:, :0])[:, 0]
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a token `[n]` from processed scores `[n, V]`, and the law `[n, V]` that it was drawn from (`None`: greedy)."""
+        if not self.do_sample:
+            return scores.argmax(dim=-1), None
+        law = torch.softmax(scores, dim=-1)
+        return torch.multinomial(law, 1)[:, 0], law
+
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """Return a context that counts the time of a phase, where statistics are timed."""
+        return self.stats.phase(phase, self.device)
+
+    # prefill
+
+    def prefill(self, **options: Any) -> Forward:
+        """Run the active rows' prompts and return the forward over each row's last prompt token, `[n, 1, V]`.
+
+        The model's own attention reads the prompts while all rows start from nothing; rows of an earlier turn's cache
+        are ragged, and read theirs with our attention.
+        """
+        cache = self.target.cache
+        lengths = [self.prompt.lengths[row] for row in self.active]
+        cached = [self.prompt.cached[row] for row in self.active]
+        ends = [length - 1 for length in lengths]
+        tokens = self.text[self.active]
+        chunk = self.generation_config.prefill_chunk_size
+        self.prompt.load_past(cache, self.active)
+        if not any(cached) and max(ends):
+            self.target.prefill(tokens[:, : max(ends)], chunk)
+        cache.set_lengths(cached if any(cached) else ends)
+        self.contexts.enter_context(speculative_attention(self.model))
+        if any(cached) and any(end > begin for begin, end in zip(cached, ends, strict=True)):
+            self.target.extend(tokens, cached, ends, chunk or _EXTEND_CHUNK)
+        last = tokens.gather(1, torch.tensor(ends, device=tokens.device)[:, None])
+        return self.target.forward(last, ends, **options)
+
+    # what the loop does
+
+    def begin(self, rows: Sequence[int], target: ModelRunner, eos: frozenset[int]) -> None:
+        """Make `rows` active, with a fresh cache."""
+        self.active, self.target, self.followers, self._eos = list(rows), target, [target.cache], eos
+
+    def write(self, row: int, tokens: Sequence[int]) -> None:
+        """Append `tokens` to `row`."""
+        column, position = self.columns[row], self.columns[row] - self.offsets[row]
+        new = torch.tensor(tokens, dtype=self.ids.dtype, device=self.device)
+        self.ids[row, column : column + len(tokens)] = new
+        self.text[row, position : position + len(tokens)] = new
+        self.columns[row] += len(tokens)
+
+    def cut(self, row: int, column: int) -> None:
+        """Drop what `row` has from `column` on."""
+        self.ids[row, column : self.columns[row]] = self.pad_token
+        self.columns[row] = column
+
+    def retire(self, slot: int) -> None:
+        """Take the row in `slot` out of the active ones; its storage stays in the last active slot."""
+        last = len(self.active) - 1
+        if slot != last:
+            for follower in self.followers:
+                follower.swap(slot, last)
+            self.active[slot], self.active[last] = self.active[last], self.active[slot]
+        self.active.pop()

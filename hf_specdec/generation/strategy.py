@@ -1,0 +1,212 @@
+"""What a method is made of: `Draft`, `StepResult`, `Drafter` and `SpeculationStrategy`.
+
+A strategy is a drafter and an acceptance rule. The default `step` drafts, runs the target once over the pending token and the
+drafts, and accepts losslessly; a method overrides the part that it changes. The loop alone emits, stops, streams and rolls back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache.speculative import SpeculativeCache
+from ..configuration import SpeculationConfig
+from . import acceptance
+from .runner import Forward
+
+
+if TYPE_CHECKING:
+    from .state import DecodingState
+
+
+@dataclass
+class Draft:
+    """Proposed tokens.
+
+    Args:
+        tokens (`torch.Tensor` of shape `[n, k]`, int64): proposals; k may be 0.
+        counts (`list[int]`): how many of each row's k are real.
+        law (`torch.Tensor` of shape `[n, k or k + 1, V]`, float32, *optional*): the law that each token was drawn from.
+            `None` says that each token is a point mass, and is always right for greedy decoding. See `acceptance` for laws
+            of mass below 1.
+        hidden (`torch.Tensor` of shape `[n, k, H]`, *optional*): the drafter's LM head input at each proposal.
+    """
+
+    tokens: torch.Tensor
+    counts: list[int]
+    law: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, state: DecodingState) -> Draft:
+        """Return a draft of no tokens for every active row."""
+        return cls(state.pending[:, :0], [0] * len(state.active))
+
+
+@dataclass
+class StepResult:
+    """What one step decided.
+
+    Args:
+        tokens (`torch.Tensor` of shape `[n, m]`, int64): per row its new tokens, in order.
+        counts (`list[int]`): how many of them are real; 0 is allowed.
+        drafted (`list[int]`): draft tokens that the step judged.
+        accepted (`list[int]`): how many of those stayed.
+        logits (`torch.Tensor` of shape `[n, m, V]`, *optional*): raw target logits of each token.
+        scores (`torch.Tensor` of shape `[n, m, V]`, *optional*): the same after the caller's processors.
+    """
+
+    tokens: torch.Tensor
+    counts: list[int]
+    drafted: list[int]
+    accepted: list[int]
+    logits: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+
+
+class Drafter:
+    """Proposes tokens. `law` says what it declares of them, the other attributes what it needs or gives."""
+
+    law: ClassVar[str] = "dense"  # "dense" (a full law per token), "sub" (mass below 1) or "point"
+    gives_hidden: ClassVar[bool] = False
+    needs_target_pass_every_round: ClassVar[bool] = False
+
+    def setup(self, state: DecodingState) -> None:
+        """Prepare for the active rows, whose prompts have not been run yet."""
+
+    def prefill(self, state: DecodingState) -> None:
+        """Read the active rows' prompts, where the drafter needs them."""
+
+    def prefill_kwargs(self, state: DecodingState) -> dict[str, Any]:
+        """Return options of the target's forward over the last prompt token."""
+        return {}
+
+    def propose(self, state: DecodingState) -> Draft:
+        """Return drafts for the active rows."""
+        raise NotImplementedError
+
+    def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
+        """Return options of the target's forward that judges `draft`."""
+        return {}
+
+    def commit(self, state: DecodingState) -> None:
+        """Take note of the tokens that were emitted (`state.committed`)."""
+
+    def swap(self, i: int, j: int) -> None:
+        """Exchange whatever is kept of the active rows i and j."""
+
+    def close(self, state: DecodingState) -> None:
+        """Release what `setup` took; also called after an exception."""
+
+
+class SpeculationStrategy:
+    """Base of every method.
+
+    Args:
+        config (`SpeculationConfig`): validated settings.
+        assistant_model (`PreTrainedModel`, *optional*): given exactly when `needs_assistant`.
+    """
+
+    config_class: ClassVar[type[SpeculationConfig]] = SpeculationConfig
+    paper: ClassVar[str] = ""
+    needs_assistant: ClassVar[bool] = False
+    needs_adapter: ClassVar[bool] = False
+    batched: ClassVar[bool] = True  # False: the loop decodes the rows in turn
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
+
+    def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
+        name = config.strategy
+        if self.needs_assistant and assistant_model is None:
+            raise ValueError(f"The strategy {name!r} drafts with a second model: pass `assistant_model=`.")
+        if assistant_model is not None and not self.needs_assistant:
+            raise ValueError(
+                f"The strategy {name!r} does not use `assistant_model` (got {type(assistant_model).__name__}); leave it out, "
+                'or use `assistant_strategy="assisted"`.'
+            )
+        self.config = config
+        self.assistant_model = assistant_model
+        self.drafter: Drafter | None = self.make_drafter()
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output's law is the model's own, under the configured settings."""
+        return self.config.lossless
+
+    def make_drafter(self) -> Drafter | None:
+        """Return the drafter, `None` for a strategy that has none."""
+        return None
+
+    def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
+        """Return the target's storage for `rows` rows."""
+        capacity = state.max_length + self.config.num_assistant_tokens + 1
+        return SpeculativeCache(state.windows, rows, capacity)
+
+    def setup(self, state: DecodingState) -> None:
+        """Prepare for the active rows, before their prompts are run."""
+        if self.drafter is not None:
+            self.drafter.setup(state)
+
+    def prefill(self, state: DecodingState) -> Forward:
+        """Run the active rows' prompts and return the forward over each row's last prompt token (`m = 1`)."""
+        options = {} if self.drafter is None else self.drafter.prefill_kwargs(state)
+        first = state.prefill(**options)
+        if self.drafter is not None:
+            self.drafter.prefill(state)
+        return first
+
+    def propose(self, state: DecodingState) -> Draft:
+        """Return drafts for the active rows."""
+        return Draft.empty(state) if self.drafter is None else self.drafter.propose(state)
+
+    def verify(self, state: DecodingState, draft: Draft) -> Forward:
+        """Run the target over each row's pending token and drafts; logits `[n, k + 1, V]`."""
+        options = {} if self.drafter is None else self.drafter.verify_kwargs(state, draft)
+        return state.forward(torch.cat([state.pending, draft.tokens], dim=1), **options)
+
+    def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
+        """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""
+        scores = state.process(target.logits, draft.tokens)
+        counts = torch.tensor(draft.counts, device=scores.device)
+        if state.do_sample:
+            law = torch.softmax(scores, dim=-1)
+            verdict = acceptance.speculative_sample(draft.tokens, counts, law, draft.law)
+        else:
+            verdict = acceptance.greedy_match(draft.tokens, counts, scores.argmax(dim=-1))
+        accepted = verdict.accepted.tolist()
+        return StepResult(
+            verdict.tokens, [count + 1 for count in accepted], draft.counts, accepted, target.logits, scores
+        )
+
+    def step(self, state: DecodingState) -> StepResult:
+        """Advance the active rows by one round."""
+        with state.timed("draft"):
+            draft = self.propose(state)
+        with state.timed("verify"):
+            target = self.verify(state, draft)
+        return self.accept(state, draft, target)
+
+    def commit(self, state: DecodingState, kept: list[int]) -> None:
+        """Make the caches hold what was emitted: every token but the newest, which is fed next.
+
+        Args:
+            kept (`list[int]`): tokens of the step's result that each active row kept.
+        """
+        state.target.cache.set_lengths([count - 1 for count in state.committed])
+        if self.drafter is not None:
+            self.drafter.commit(state)
+
+    def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
+        """Return how many tokens of an active row layer `layer_idx` holds exactly as a fresh forward would (for tests)."""
+        return state.committed[slot] - 1
+
+    def follow(self, state: DecodingState) -> None:
+        """Serve the controlling rank until it stops; only for strategies that run on several ranks."""
+        raise NotImplementedError(f"{self.config.strategy!r} does not run on several ranks.")
+
+    def close(self, state: DecodingState) -> None:
+        """Release what `setup` took; also called after an exception."""
+        if self.drafter is not None:
+            self.drafter.close(state)

@@ -1,0 +1,189 @@
+"""Our attention and mask functions, registered under one name, and the switch that makes a model use them for a while.
+
+The attention function serves forwards that carry a `specdec_step` keyword. Any other forward reaches it only because configs
+can be shared between models; it then runs the implementation that the config named before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import _compat
+from .step import Step
+from . import explicit, packed
+
+
+ATTENTION = "hf_specdec"
+_ALLOWED_TENSORS = {"position_ids", "s_aux", "cache_position"}
+_EXPLICIT_QUERIES = 16
+"""Queries per row up to which explicit attention is chosen on CPU; more would hold too large a score tensor."""
+
+
+class MaskSpec:
+    """What Transformers asked a mask for: enough to read the window, or to build the original implementation's mask."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.window: int | None = arguments.get("local_size")
+
+    def build(self, implementation: str) -> Any:
+        """Return the mask that `implementation` would have been given."""
+        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return None
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+
+
+def mask_function(**arguments: Any) -> MaskSpec:
+    """Registered with `AttentionMaskInterface`: keep the request instead of building an O(S) mask at every step."""
+    return MaskSpec(arguments)
+
+
+def attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    specdec_step: Step | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Registered with `AttentionInterface`; signature and layouts are its convention.
+
+    Args:
+        query (`torch.Tensor` of shape `[n, h_q, m, d]`): queries, positions encoded.
+        key, value (`torch.Tensor` of shape `[n, h_kv, S, d]`): what `SpeculativeCache.update` returned.
+        attention_mask (`MaskSpec` or mask): from `mask_function`.
+        specdec_step (`Step`, *optional*): the forward's step; without it the model's own implementation runs.
+
+    Returns:
+        The output `[n, m, h_q, d_v]`, and `None` for the weights.
+
+    Raises:
+        ValueError: if the model's attention depends on something that this function does not know.
+    """
+    if specdec_step is None:
+        return _original(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
+    step, layer_idx = specdec_step, getattr(module, "layer_idx", None)
+    step.layers_attended += 1
+    window = _admit(module, layer_idx, attention_mask, kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rules: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
+    if step.view is not None and step.view.covers(layer_idx):
+        output = explicit.side_attention(query, key, value, step.view.bias(layer_idx, query.dtype), **rules)
+        return output.transpose(1, 2), None
+    score = step.score if step.score is not None and step.score.wants(layer_idx) else None
+    rules |= {"window": window, "score": score.wanted if score is not None else None}
+    output, metric = _choose(query, rules)(query, key, value, step, **rules)
+    if score is not None:
+        score.take(layer_idx, metric, step, key, value)
+    return output.transpose(1, 2), None
+
+
+def _choose(query: torch.Tensor, rules: dict[str, Any]) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return the implementation for these arguments: explicit where it is faster, or the only one that can."""
+    needs_scores_tensor = rules["softcap"] is not None or rules["sinks"] is not None
+    few = query.shape[2] <= _EXPLICIT_QUERIES
+    if needs_scores_tensor:
+        return explicit.cached_attention if few else packed.in_pieces(explicit.cached_attention, _EXPLICIT_QUERIES)
+    if few and query.device.type == "cpu":
+        return explicit.cached_attention
+    return packed.cached_attention
+
+
+def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: dict[str, Any]) -> int | None:
+    """Return the layer's window, or raise for a mask or keyword whose meaning is not known here."""
+    if layer_idx is None:
+        raise ValueError(f"{type(module).__name__} has no `layer_idx`, so its place in the cache is unknown.")
+    if mask is not None and not isinstance(mask, MaskSpec):
+        raise ValueError(f"{type(module).__name__} builds its own attention mask, which `assistant_strategy` can't follow.")
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in _ALLOWED_TENSORS:
+            raise ValueError(
+                f"{type(module).__name__} passes the tensor `{name}` to its attention; `assistant_strategy` supports "
+                "models whose attention takes positions and sinks only."
+            )
+    if mask is None:
+        return None
+    if mask.arguments.get("use_vmap"):
+        raise ValueError(f"{type(module).__name__} changes the causal mask; `assistant_strategy` supports causal and sliding.")
+    window: int | None = mask.window
+    return window
+
+
+def _original(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    name = _compat.attention_name(module.config)  # type: ignore[arg-type]
+    original = name.original if isinstance(name, _Switched) else "sdpa"
+    if original == "eager":
+        function = getattr(__import__(type(module).__module__, fromlist=["x"]), "eager_attention_forward")
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[original]
+    if isinstance(mask, MaskSpec):
+        mask = mask.build(original)
+    extra = {"softcap": softcap, "s_aux": sinks}
+    extra = {key: value for key, value in extra.items() if value is not None}
+    return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra, **kwargs)
+
+
+class _Switched(str):
+    """The name `"hf_specdec"` with the name it stands in for, and how many calls use it (configs can be shared)."""
+
+    original: str
+    users: int
+
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def speculative_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Make `model` use our attention inside the context; afterwards, and after an exception, its own again."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    with _lock:
+        for config in configs.values():
+            name = _compat.attention_name(config)
+            if isinstance(name, _Switched):
+                name.users += 1
+                continue
+            switched = _Switched(ATTENTION)
+            switched.original, switched.users = name or "eager", 1
+            switched.before = name  # type: ignore[attr-defined]
+            _compat.set_attention_name(config, switched)
+    try:
+        yield
+    finally:
+        with _lock:
+            for config in configs.values():
+                name = _compat.attention_name(config)
+                if isinstance(name, _Switched):
+                    name.users -= 1
+                    if not name.users:
+                        _compat.set_attention_name(config, name.before)  # type: ignore[attr-defined]
+
+
+def register() -> None:
+    """Register the attention and mask functions with Transformers (additive: nothing that exists is replaced)."""
+    AttentionInterface.register(ATTENTION, attention_function)
+    AttentionMaskInterface.register(ATTENTION, mask_function)

@@ -1,0 +1,150 @@
+"""Attention in plain torch operations, laid out for speed: products over whole storage, the query group packed as rows.
+
+The scores exist as a tensor here, so Vegas' token scores cost one reduction and no second pass over the keys. On CPU in bf16
+this beats `scaled_dot_product_attention` on few queries by about two, if the score product runs as `K @ q` and both products
+run over whole contiguous storage instead of a slice (measured; see docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .step import Step
+
+
+_WHOLE_SHARE = 0.6
+"""Share of the storage in use from which reading all of it beats reading a slice."""
+
+
+def cached_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    score: tuple[str, str, bool] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend over the cache's storage; `kernels.reference` says what this computes.
+
+    Args:
+        query (`torch.Tensor` of shape `[n, h_q, m, d]`): queries of the fed tokens.
+        key (`torch.Tensor` of shape `[n, h_kv, C, d]`): storage of the active rows, all slots.
+        value (`torch.Tensor` of shape `[n, h_kv, C, d_v]`): the same for values.
+        step (`Step`): where the queries are.
+        scaling (`float`): factor on the products.
+        window (`int`, *optional*): sliding window.
+        softcap (`float`, *optional*): as in the reference.
+        sinks (`torch.Tensor` of shape `[h_q]`, *optional*): as in the reference.
+        score (`tuple[str, str, bool]`, *optional*): which token scores to return: (queries, metric, per key head).
+
+    Returns:
+        The output `[n, h_q, m, d_v]` and the token scores `[n, S]` or `[n, h_kv, S]` in float32, `None` unless asked for.
+        Slots that some row may not choose hold undefined scores, and S may be less than C.
+    """
+    n, heads, m, _ = query.shape
+    key_heads, capacity = key.shape[1], key.shape[2]
+    groups = heads // key_heads
+    first = 0 if window is None else max(0, step.low + 1 - window)
+    end = capacity if first == 0 and step.high >= _WHOLE_SHARE * capacity else step.high
+    rows = groups * m
+
+    # [n * h_kv, S, d] @ [n * h_kv, d, rows]; the packed group shares each key that is read
+    packed = (query * scaling).reshape(n * key_heads, rows, -1)
+    keys = key[:, :, first:end].reshape(n * key_heads, end - first, -1)
+    scores = torch.bmm(keys, packed.transpose(1, 2))
+    raw = None
+    if score is not None and score[1] == "logit":
+        raw = _token_scores(scores.view(n, key_heads, -1, groups, m).movedim(2, -1), step, score) / scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    _hide(scores.view(n, key_heads, end - first, groups, m), step, first, end, window)
+    weights = _softmax(scores.transpose(1, 2), sinks, n, key_heads, groups, m)
+
+    metric = raw
+    if score is not None and score[1] == "weight":
+        metric = _token_scores(weights.view(n, key_heads, groups, m, -1), step, score)
+    output = torch.bmm(weights, value[:, :, first:end].reshape(n * key_heads, end - first, -1))
+    return output.view(n, heads, m, -1), metric
+
+
+def _hide(scores: torch.Tensor, step: Step, first: int, end: int, window: int | None) -> None:
+    """Set to -inf what a query may not read, in place; `scores` is `[n, h_kv, S, groups, m]`."""
+    # without a window every slot below the shortest row's start is visible to all
+    begin = first if window is not None else step.low
+    if begin == step.high - 1 and end == step.high:
+        return  # one query of one length: it reads everything, itself included
+    hidden = step.memo(
+        ("hidden", begin, end, window, scores.device),
+        lambda: step.hidden_slots(begin, end, window, scores.device).transpose(1, 2)[:, None, :, None],
+    )
+    scores[:, :, begin - first :].masked_fill_(hidden, -torch.inf)
+
+
+def _softmax(
+    scores: torch.Tensor, sinks: torch.Tensor | None, n: int, key_heads: int, groups: int, m: int
+) -> torch.Tensor:
+    """Return the softmax over the last dimension of `[n * h_kv, groups * m, S]`; it accumulates in float32 or better."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    extra = sinks.to(scores.dtype).view(1, key_heads, groups, 1).expand(n, -1, -1, m).reshape(n * key_heads, -1, 1)
+    return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1].contiguous()
+
+
+def _token_scores(source: torch.Tensor, step: Step, score: tuple[str, str, bool]) -> torch.Tensor:
+    """Return the mean of `source` `[n, h_kv, groups, m, S]` over heads and chosen query rows, float32 (or float64)."""
+    queries, _, per_head = score
+    dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
+    dims = (2, 3) if per_head else (1, 2, 3)
+    heads = source.shape[2] * (1 if per_head else source.shape[1])
+    last = step.last[0]
+    if all(index == last for index in step.last):
+        chosen = {"first_last": [0, last] if last else [0], "last": [last], "all": list(range(last + 1))}[queries]
+        parts = [source[:, :, :, index].sum(dims[:-1], dtype=dtype) for index in chosen]
+        return torch.stack(parts).sum(0).div_(heads * len(chosen)) if len(parts) > 1 else parts[0].div_(heads)
+    share = torch.zeros(source.shape[0], source.shape[3], dtype=dtype)
+    for row, index in enumerate(step.last):
+        picked = {"first_last": sorted({0, index}), "last": [index], "all": list(range(index + 1))}[queries]
+        share[row, picked] = 1 / (heads * len(picked))
+    share = share.to(source.device)[:, None, None, :, None]
+    return (source.to(dtype) * share).sum(dims)
+
+
+def side_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend with one query per row over a small side buffer.
+
+    Args:
+        query (`torch.Tensor` of shape `[n, h_q, 1, d]`): the draft token's query.
+        key (`torch.Tensor` of shape `[n, h_kv, w, d]`): gathered keys.
+        value (`torch.Tensor` of shape `[n, h_kv, w, d_v]`): gathered values.
+        bias (`torch.Tensor` of shape `[n, 1 or h_kv, 1, w]`, *optional*): 0, or -inf for columns that a row does not read.
+        scaling, softcap, sinks: as in `cached_attention`.
+
+    Returns:
+        `torch.Tensor` of shape `[n, h_q, 1, d_v]`.
+    """
+    n, heads, _, size = query.shape
+    packed = query.reshape(n, key.shape[1], -1, size)
+    if softcap is None and sinks is None:
+        output = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=bias, scale=scaling)
+        return output.reshape(n, heads, 1, -1)
+    scores = (packed * scaling) @ key.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    groups = packed.shape[2]
+    weights = _softmax(scores.flatten(0, 1), sinks, n, key.shape[1], groups, 1)
+    return (weights.view(n, -1, groups, key.shape[2]) @ value).reshape(n, heads, 1, -1)
