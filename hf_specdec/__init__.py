@@ -1,6 +1,7 @@
 """Speculative decoding inside `model.generate(..., assistant_strategy=...)`.
 
-Importing the package adds the keyword to every Transformers model; `HF_SPECDEC_NO_INSTALL=1` leaves that to `install()`.
+Importing the package adds the keyword to every Transformers model; `HF_SPECDEC_NO_INSTALL=1` leaves that to
+`install()`.
 """
 
 from __future__ import annotations

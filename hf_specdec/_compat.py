@@ -27,7 +27,7 @@ def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
 
 
 def attention_can_be_replaced(model: PreTrainedModel) -> bool:
-    """Whether `model`'s attention goes through `AttentionInterface` (`set_attn_implementation` only warns otherwise)."""
+    """Whether `model`'s attention goes through `AttentionInterface` (the public setter only warns otherwise)."""
     return bool(model._can_set_attn_implementation())
 
 

@@ -1,4 +1,4 @@
-"""Settings of a strategy: a frozen dataclass that validates itself, is JSON-safe and lives in a folder or on the Hub."""
+"""Settings of a strategy: a frozen dataclass that validates itself and lives in a folder or on the Hub."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class SpeculationConfig:
             values (`dict`): the settings. On `SpeculationConfig` itself, `values["strategy"]` chooses the class.
 
         Raises:
-            ValueError: for an unknown strategy, a strategy that is not this class's, or an unknown field in a file that
-                was not written by a newer release. (A newer release's unknown fields are dropped with a warning.)
+            ValueError: for an unknown strategy, a strategy that is not this class's, or an unknown field in a file
+                that was not written by a newer release. (A newer release's unknown fields are dropped with a warning.)
         """
         values = dict(values)
         name, version = values.pop("strategy", cls.strategy), values.pop("hf_specdec_version", __version__)
@@ -80,13 +80,16 @@ class SpeculationConfig:
             # the table of strategies is above this module; it is needed only once a file names one
             from .generation.registry import config_class
 
-            return config_class(name).from_dict({**values, "strategy": name, "hf_specdec_version": version})
+            chosen = typing.cast("type[ConfigType]", config_class(name))
+            return chosen.from_dict({**values, "strategy": name, "hf_specdec_version": version})
         if name != cls.strategy:
             raise ValueError(f"These settings are for the strategy {name!r}, but {cls.__name__} is {cls.strategy!r}.")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown and _release(version) <= _release(__version__):
-            raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields: {', '.join(sorted(known))}.")
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; its fields: {', '.join(sorted(known))}."
+            )
         if unknown:
             logger.warning(f"{cls.__name__}: ignoring {', '.join(unknown)}, written by hf_specdec {version}.")
         return cls(**{key: value for key, value in values.items() if key in known})

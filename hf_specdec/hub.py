@@ -6,7 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from .configuration import CONFIG_NAME, SpeculationConfig
@@ -17,8 +17,8 @@ def resolve_strategy(strategy: Any, settings: dict[str, Any] | None = None) -> S
     """Return the config that `assistant_strategy` means.
 
     Args:
-        strategy (`str` or `SpeculationConfig`): a registered name (`"vegas"`, or a preset such as `"vegas:window"`), else a
-            folder with a saved config, else a Hub repository.
+        strategy (`str` or `SpeculationConfig`): a registered name (`"vegas"`, or a preset such as `"vegas:window"`),
+            else a folder with a saved config, else a Hub repository.
         settings (`dict`, *optional*): fields of the config that differ from what the name gives.
 
     Raises:
@@ -32,7 +32,8 @@ def resolve_strategy(strategy: Any, settings: dict[str, Any] | None = None) -> S
         return strategy.override(**settings) if settings else strategy
     if not isinstance(strategy, str):
         raise TypeError(
-            f"`assistant_strategy` must be a name, a folder, a Hub repository or a config, got {type(strategy).__name__}."
+            f"`assistant_strategy` must be a name, a folder, a Hub repository or a config, got "
+            f"{type(strategy).__name__}."
         )
     name = strategy.partition(":")[0]
     if name in STRATEGIES:
@@ -48,17 +49,19 @@ def resolve_strategy(strategy: Any, settings: dict[str, Any] | None = None) -> S
 
 def _from_hub(repo_id: str) -> SpeculationConfig:
     known = ", ".join(sorted(STRATEGIES))
-    message = f"`assistant_strategy={repo_id!r}` is no registered strategy ({known}), no folder, and no Hub repository with a "
+    message = (
+        f"`assistant_strategy={repo_id!r}` is no registered strategy ({known}), no folder, and no Hub repository "
+    )
     if "/" not in repo_id:
-        raise ValueError(f"{message}{CONFIG_NAME}.")
+        raise ValueError(f"{message}with a {CONFIG_NAME}.")
     try:
         return SpeculationConfig.from_pretrained(repo_id)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{message}{CONFIG_NAME}: {error}") from error
+        raise ValueError(f"{message}with a {CONFIG_NAME}: {error}") from error
 
 
 def save_strategy(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write `model.generation_config`, its `assistant_strategy` included, so that `from_pretrained(folder)` has it again.
+    """Write `model.generation_config`, its `assistant_strategy` included, for `from_pretrained(folder)` to read.
 
     Args:
         model (`PreTrainedModel`): its `generation_config.assistant_strategy` is set.
@@ -67,7 +70,7 @@ def save_strategy(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ValueError: if no strategy is set, or it can't be resolved.
     """
-    config = model.generation_config
+    config: Any = model.generation_config
     if config.assistant_strategy is None:
         raise ValueError("`model.generation_config.assistant_strategy` is None; set it to a strategy's name first.")
     resolve_strategy(config.assistant_strategy, config.assistant_strategy_config)

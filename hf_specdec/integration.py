@@ -1,6 +1,7 @@
 """The wrapper of `generate()`: the only place that changes Transformers' classes, and its removal.
 
-Without the keyword and without a strategy on a generation config, the wrapper calls the original with the arguments it got.
+Without the keyword and without a strategy on a generation config, the wrapper calls the original with the arguments it
+got.
 """
 
 from __future__ import annotations
@@ -18,6 +19,20 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _OFF = "off"
+_FIELDS = ("assistant_strategy", "assistant_strategy_config")
+_POSITIONAL = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
+)
 _MARK = "_hf_specdec_original"
 _UNSUPPORTED_FIELDS = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": None}
 
@@ -38,9 +53,10 @@ def decoding_loop(
     Args:
         strategy (`str` or `SpeculationConfig`): what `assistant_strategy` would be.
         assistant_model (`PreTrainedModel`, *optional*): for strategies that draft with a second model.
-        streamer (`BaseStreamer`, *optional*): gets tokens once they are final. Give it to `generate()` as well if it is to see
-            the prompt.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): with `assistant_tokenizer`, checked to have the same vocabulary.
+        streamer (`BaseStreamer`, *optional*): gets tokens once they are final. Give it to `generate()` as well if it
+            is to see the prompt.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): with `assistant_tokenizer`, checked to have the same
+            vocabulary.
         assistant_tokenizer (`PreTrainedTokenizerBase`, *optional*): see `tokenizer`.
         settings (`dict`, *optional*): fields of the config that differ from what `strategy` gives.
 
@@ -80,9 +96,10 @@ def install() -> None:
         return _generate(original, self, args, kwargs)
 
     setattr(generate, _MARK, original)
-    GenerationMixin.generate = generate
-    GenerationConfig.assistant_strategy = None
-    GenerationConfig.assistant_strategy_config = None
+    mixin: Any = GenerationMixin
+    mixin.generate = generate
+    for name in _FIELDS:
+        setattr(GenerationConfig, name, None)
 
 
 def uninstall() -> None:
@@ -90,8 +107,9 @@ def uninstall() -> None:
     original = getattr(GenerationMixin.generate, _MARK, None)
     if original is None:
         return
-    GenerationMixin.generate = original
-    for name in ("assistant_strategy", "assistant_strategy_config"):
+    mixin: Any = GenerationMixin
+    mixin.generate = original
+    for name in _FIELDS:
         if name in vars(GenerationConfig):
             delattr(GenerationConfig, name)
 
@@ -108,9 +126,7 @@ def _requested(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bo
 
 def _generate(original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Resolve the strategy and run stock `generate` with our loop in it."""
-    names = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
-    names += ("synced_gpus", "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask")
-    kwargs = {**dict(zip((*names, "custom_generate"), args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     strategy, settings, explicit = _strategy_of(model, kwargs)
     kwargs.pop("assistant_strategy", None)
     kwargs.pop("assistant_strategy_config", None)
@@ -118,7 +134,9 @@ def _generate(original: Callable[..., Any], model: Any, args: tuple[Any, ...], k
         return original(model, **kwargs)
     conflicts = _stock_modes(model, kwargs)
     if conflicts and not explicit:
-        logger.warning_once(f"`assistant_strategy={strategy!r}` of the saved generation config gives way to {', '.join(conflicts)}.")
+        logger.warning_once(
+            f"`assistant_strategy={strategy!r}` of the saved generation config gives way to {', '.join(conflicts)}."
+        )
         return original(model, **kwargs)
     if conflicts:
         raise ValueError(
@@ -147,11 +165,11 @@ def _generate(original: Callable[..., Any], model: Any, args: tuple[Any, ...], k
 
 
 def _strategy_of(model: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any] | None, bool]:
-    """Return (strategy, its settings, whether it was asked for in this call): keyword over the call's config over the model's."""
+    """Return (strategy, settings, whether this call asks): keyword over the call's config over the model's."""
     own = kwargs.get("assistant_strategy_config")
     if own is not None and not isinstance(own, dict):
         raise TypeError(f"`assistant_strategy_config` must be a dict, got {type(own).__name__}.")
-    sources = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    sources: list[Any] = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
     named = [
         (source.assistant_strategy, source.assistant_strategy_config, place == 0)
         for place, source in enumerate(sources)

@@ -1,8 +1,8 @@
 """`SpeculativeCache`: preallocated, ragged, and rolled back by changing lengths.
 
-Row j's token at position p has its keys and values in slot p of row j: prompts are stored without padding. A forward writes
-the tokens that it is fed at their slots, overwriting whatever a rejected draft left there, and attention reads slots up to
-each query's own position. So rollback and commit move no data, and lengths are per row and per layer.
+Row j's token at position p has its keys and values in slot p of row j: prompts are stored without padding. A forward
+writes the tokens that it is fed at their slots, overwriting whatever a rejected draft left there, and attention reads
+slots up to each query's own position. So rollback and commit move no data, and lengths are per row and per layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import _compat
@@ -28,6 +27,8 @@ class SpeculativeLayer(CacheLayerMixin):
     """
 
     is_croppable = True
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, rows: int, capacity: int, window: int | None) -> None:
         super().__init__()
@@ -112,6 +113,8 @@ class SpeculativeCache(Cache):
             sets it; the package's own attention takes the whole storage and masks it, which is faster.
     """
 
+    layers: list[SpeculativeLayer]  # type: ignore[assignment]
+
     def __init__(self, windows: Sequence[int | None], rows: int, capacity: int) -> None:
         super().__init__(layers=[SpeculativeLayer(rows, capacity, window) for window in windows])
         self.rows = rows
@@ -154,9 +157,7 @@ class SpeculativeCache(Cache):
         for layer in self.layers:
             layer.swap(i, j)
 
-    def load(
-        self, source: Cache, columns: torch.Tensor, counts: Sequence[int], width: int, rows: Sequence[int]
-    ) -> None:
+    def load(self, source: Any, columns: torch.Tensor, counts: Sequence[int], width: int, rows: Sequence[int]) -> None:
         """Copy a stock cache's prefix.
 
         Args:
@@ -182,13 +183,13 @@ class SpeculativeCache(Cache):
                 getattr(layer, name)[: len(rows), :, :longest] = picked
         self.set_lengths(counts)
 
-    def store(self, target: DynamicCache, slots: torch.Tensor, rows: Sequence[int]) -> None:
+    def store(self, target: Any, slots: torch.Tensor, rows: Sequence[int]) -> None:
         """Write the cache into `target` in stock's padded layout.
 
         Args:
             target (`DynamicCache`): an empty or older cache of the same model; its content is replaced.
-            slots (`torch.Tensor` of shape `[b, width]`, int64): the slot that each column of a row comes from, negative for
-                padding.
+            slots (`torch.Tensor` of shape `[b, width]`, int64): the slot that each column of a row comes from,
+                negative for padding.
             rows (`list[int]`): the storage row of each of the b rows.
         """
         for new, layer in zip(target.layers, self.layers, strict=True):

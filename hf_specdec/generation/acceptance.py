@@ -1,13 +1,14 @@
 """Acceptance rules: which draft tokens stay, and what follows them. Pure functions of tensors.
 
-Notation, per row: `p_i` the target's law at draft position i (i = 0 .. k, the last one is the bonus position), `q_i` the
-law that draft token `x_i` was really drawn from, `w_i` a weight on the target. All laws are float32 `[n, k or k + 1, V]`.
+Notation, per row: `p_i` the target's law at draft position i (i = 0 .. k, the last is the bonus position), `q_i` the
+law that draft token `x_i` was really drawn from, `w_i` a weight on the target. Laws are float32 `[n, k or k + 1, V]`.
 
-One rule covers every method here. Token `x_i` is accepted with probability `min(1, 1 - w_i + w_i p_i(x_i) / q_i(x_i))`; the
-first refusal is replaced by a draw from `normalise(max(0, p_i - q_i))`; after the last accepted draft a token follows `p`.
-`w = 1` is speculative sampling (Leviathan et al., arXiv 2211.17192), `0 <= w < 1` the ensemble of DIVERSED, and a `q` whose
-mass is below 1 a proposal that may also propose nothing (VIA-SD): then the token after the last draft comes from the
-residual of that position's `q` as well. A draft without a law is a point mass.
+One rule covers every method here. Token `x_i` is accepted with the probability
+`min(1, 1 - w_i + w_i p_i(x_i) / q_i(x_i))`; the first refusal is replaced by a draw from
+`normalise(max(0, p_i - q_i))`; after the last accepted draft a token follows `p`. `w = 1` is speculative sampling
+(Leviathan et al., arXiv 2211.17192), `0 <= w < 1` the ensemble of DIVERSED, and a `q` whose mass is below 1 a proposal
+that may also propose nothing (VIA-SD): then the token after the last draft comes from the residual of that position's
+`q` as well. A draft without a law is a point mass.
 """
 
 from __future__ import annotations
@@ -98,8 +99,9 @@ def speculative_sample(
         drafts (`torch.Tensor` of shape `[n, k]`, int64): draft tokens.
         counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
         target (`torch.Tensor` of shape `[n, k + 1, V]`, float32): `p`.
-        draft (`torch.Tensor` of shape `[n, k, V]` or `[n, k + 1, V]`, float32, *optional*): `q`. With `k + 1` positions the
-            one after a row's last draft holds the sub-probability law of a proposal that proposed nothing there.
+        draft (`torch.Tensor` of shape `[n, k, V]` or `[n, k + 1, V]`, float32, *optional*): `q`. With `k + 1`
+            positions the one after a row's last draft holds the sub-probability law of a proposal that proposed
+            nothing there.
         weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
     """
     columns = drafts.shape[1]

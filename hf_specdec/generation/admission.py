@@ -1,4 +1,4 @@
-"""What can be decoded, checked before any forward. Every refusal names the argument, what was given and what is allowed."""
+"""What can be decoded, checked before any forward. A refusal names the argument, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def check_call(
         )
     if generation_config.cache_implementation not in (None, "dynamic"):
         raise ValueError(
-            f"`cache_implementation={generation_config.cache_implementation!r}` can't be used with `assistant_strategy`, "
-            "which brings its own preallocated cache; allowed: None or 'dynamic'."
+            f"`cache_implementation={generation_config.cache_implementation!r}` can't be used with "
+            "`assistant_strategy`, which brings its own preallocated cache; allowed: None or 'dynamic'."
         )
     if generation_config.use_cache is False:
         raise ValueError("`use_cache=False` can't be used with `assistant_strategy`, which decodes from a cache.")
@@ -79,16 +79,22 @@ def check_call(
     if synced_gpus:
         raise ValueError("`synced_gpus=True` (ZeRO-3 or FSDP generation) is not supported under `assistant_strategy`.")
     for name, value in model_kwargs.items():
-        if value is None or name in _IGNORED_KWARGS or (name in ("output_attentions", "output_hidden_states") and not value):
+        if (
+            value is None
+            or name in _IGNORED_KWARGS
+            or (name in ("output_attentions", "output_hidden_states") and not value)
+        ):
             continue
-        raise ValueError(f"The model argument `{name}` is not supported under `assistant_strategy`; allowed: text input only.")
+        raise ValueError(
+            f"The model argument `{name}` is not supported under `assistant_strategy`; allowed: text input only."
+        )
     _check_prompt_learning(model)
 
 
 def _check_prompt_learning(model: PreTrainedModel) -> None:
     # PEFT binds its own input preparation to the base model for the time of the call
     owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    config = getattr(owner, "active_peft_config", None)
+    config: Any = getattr(owner, "active_peft_config", None)
     if owner is not model and getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"The PEFT adapter of type {config.peft_type} prepends virtual tokens (prompt learning), which "
@@ -106,15 +112,19 @@ def check_position_ids(position_ids: torch.Tensor | None, mask: torch.Tensor, wi
     if position_ids is None:
         return
     if position_ids.dim() != 2 or position_ids.shape[1] > width:
-        raise ValueError(f"`position_ids` of shape {tuple(position_ids.shape)} are not supported; allowed: [batch, length].")
+        raise ValueError(
+            f"`position_ids` of shape {tuple(position_ids.shape)} are not supported; allowed: [batch, length]."
+        )
     tail = mask[:, width - position_ids.shape[1] :]
     expected = (mask.cumsum(dim=1) - 1)[:, width - position_ids.shape[1] :]
     if not bool(((position_ids == expected) | ~tail).all()):
-        raise ValueError("`position_ids` that don't count each row's tokens from 0 are not supported under `assistant_strategy`.")
+        raise ValueError(
+            "`position_ids` that don't count each row's tokens from 0 are not supported under `assistant_strategy`."
+        )
 
 
 def layer_windows(model: PreTrainedModel, argument: str = "model") -> list[int | None]:
-    """Return each decoder layer's sliding window (`None` for full attention), or raise `ValueError` for a model that can't run.
+    """Return each decoder layer's sliding window, `None` for full attention; raise `ValueError` if it can't run.
 
     Args:
         model (`PreTrainedModel`): target or assistant.
@@ -131,8 +141,10 @@ def layer_windows(model: PreTrainedModel, argument: str = "model") -> list[int |
         raise refuse("it has no language modeling head")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds - {"full_attention", "sliding_attention"}:
-        raise refuse(f"it has layers of type {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}; full and "
-                     "sliding attention are supported, recurrent and chunked layers are not")
+        raise refuse(
+            f"it has layers of type {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}; full and "
+            "sliding attention are supported, recurrent and chunked layers are not"
+        )
     if getattr(model, "_is_stateful", False):
         raise refuse("its layers keep a recurrent state, which can't be rolled back")
     if not _compat.attention_can_be_replaced(model):
@@ -160,32 +172,40 @@ def check_rope(config: PreTrainedConfig, shortest: int, longest: int) -> None:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         kind = rope.get("rope_type", rope.get("type"))
-        limit = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        limit = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
         limit = limit or config.max_position_embeddings
         if rope.get("mrope_section"):
             raise ValueError("M-RoPE (`mrope_section`) is not supported under `assistant_strategy`.")
         if (kind == "dynamic" and longest > limit) or (kind == "longrope" and shortest <= limit < longest):
             raise ValueError(
-                f"This call can reach {longest} tokens, past the {limit} at which {kind!r} RoPE changes its frequencies; "
-                "`assistant_strategy` needs a `max_length` on one side of it."
+                f"This call can reach {longest} tokens, past the {limit} at which {kind!r} RoPE changes its "
+                "frequencies; `assistant_strategy` needs a `max_length` on one side of it."
             )
 
 
 def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel) -> None:
-    """Raise `ValueError` unless `assistant` can draft for `model`: a supported model, of the same vocabulary up to padding."""
+    """Raise `ValueError` unless `assistant` can draft for `model`: supported, of the same vocabulary up to padding."""
     layer_windows(assistant, "assistant_model")
     ours, theirs = (m.config.get_text_config(decoder=True).vocab_size for m in (model, assistant))
     if abs(ours - theirs) > 1024:
         raise ValueError(
-            f"`assistant_model` has a vocabulary of {theirs} tokens, the model {ours}; they must be the same up to at most "
-            "1024 rows of padding."
+            f"`assistant_model` has a vocabulary of {theirs} tokens, the model {ours}; they must be the same up to "
+            "at most 1024 rows of padding."
         )
 
 
 def check_tokenizers(tokenizer: Any, assistant_tokenizer: Any) -> None:
     """Raise `ValueError` if both are given and their vocabularies differ."""
-    if tokenizer is not None and assistant_tokenizer is not None and tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
-        raise ValueError("`tokenizer` and `assistant_tokenizer` have different vocabularies; the assistant must share the model's.")
+    if (
+        tokenizer is not None
+        and assistant_tokenizer is not None
+        and tokenizer.get_vocab() != assistant_tokenizer.get_vocab()
+    ):
+        raise ValueError(
+            "`tokenizer` and `assistant_tokenizer` have different vocabularies; the assistant must share the model's."
+        )
 
 
 def check_cache(past: Any, batch: int) -> DynamicCache | None:
@@ -193,12 +213,13 @@ def check_cache(past: Any, batch: int) -> DynamicCache | None:
     if past is None:
         return None
     if type(past) is not DynamicCache:
-        raise TypeError(f"`past_key_values` must be a DynamicCache under `assistant_strategy`, got {type(past).__name__}.")
+        raise TypeError(
+            f"`past_key_values` must be a DynamicCache under `assistant_strategy`, got {type(past).__name__}."
+        )
     if not past.get_seq_length():
         return None
-    rows = next(layer.keys.shape[0] for layer in past.layers)
+    layers: list[Any] = past.layers
+    rows = next(layer.keys.shape[0] for layer in layers if layer.is_initialized)
     if rows != batch:
         raise ValueError(f"`past_key_values` has {rows} rows, the prompt {batch} (after `num_return_sequences`).")
     return past
-
-

@@ -5,13 +5,17 @@ Drafts    token by token with `assistant_model`, which has its own cache.
 Verifies  losslessly: by equality (greedy) or by speculative sampling with the true draft law.
 Trained   the assistant, by somebody.
 Paper     https://arxiv.org/abs/2211.17192
-New here  batches of ragged rows, `num_return_sequences`, criteria that cut at the exact token, and statistics; stock assisted
+New here  batches of ragged rows, `num_return_sequences`, criteria that cut at the exact token, and statistics; stock
+assisted
           decoding takes one row, and its processors run about ten times as often.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
+
+from transformers import PreTrainedModel
 
 from ..configuration import SpeculationConfig
 from .drafting import AssistantDrafter
@@ -38,4 +42,4 @@ class AssistedStrategy(SpeculationStrategy):
 
     def make_drafter(self) -> Drafter:
         """Return the assistant's drafter."""
-        return AssistantDrafter(self.assistant_model, self.config.num_assistant_tokens)
+        return AssistantDrafter(cast(PreTrainedModel, self.assistant_model), self.config.num_assistant_tokens)

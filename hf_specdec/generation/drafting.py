@@ -1,4 +1,4 @@
-"""Drafting with an assistant model of the same vocabulary: its own ragged cache, and the law that each token was drawn from."""
+"""Drafting with an assistant model of the same vocabulary, which has its own ragged cache."""
 
 from __future__ import annotations
 
@@ -41,11 +41,15 @@ class AssistantDrafter(Drafter):
     def prefill(self, state: DecodingState) -> None:
         """Read all prompt tokens but the last one with the assistant's own attention.
 
-        An earlier turn's cache holds the target's states only, so the assistant reads the whole text again; it must be given.
+        An earlier turn's cache holds the target's states only, so the assistant reads the whole text again; it must be
+        given.
         """
         ends = [length - 1 for length in (state.prompt.lengths[row] for row in state.active)]
         if state.prompt.past is not None and state.prompt.mask.shape[1] != state.prompt.ids.shape[1]:
-            raise ValueError("With `assistant_model` and `past_key_values`, give the whole text as `input_ids`, not only what is new.")
+            raise ValueError(
+                "With `assistant_model` and `past_key_values`, give the whole text as `input_ids`, not only what "
+                "is new."
+            )
         if max(ends):
             tokens = state.text[state.active][:, : max(ends)].to(self.runner.device)
             self.runner.prefill(tokens, state.generation_config.prefill_chunk_size)
@@ -84,7 +88,7 @@ class AssistantDrafter(Drafter):
         )
 
     def commit(self, state: DecodingState) -> None:
-        """Keep what both the cache and the text have: all but the newest token, and not the last draft token, never fed."""
+        """Keep what both the cache and the text have: not the newest token, nor a last draft token, never fed."""
         self.seen = [min(length, count - 1) for length, count in zip(self.fed, state.committed, strict=True)]
         self.runner.cache.set_lengths(self.seen)
 
@@ -94,7 +98,7 @@ class AssistantDrafter(Drafter):
 
 
 def pad_vocabulary(logits: torch.Tensor, width: int) -> torch.Tensor:
-    """Return `logits` `[..., V_d]` at the target's width: padding rows are dropped, missing ones can't be drawn (-inf)."""
+    """Return `logits` `[..., V_d]` at the target's width: padding rows dropped, missing ones -inf."""
     missing = width - logits.shape[-1]
     if missing > 0:
         return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)

@@ -1,12 +1,13 @@
-"""`DecodingLoop`: the only decoding loop. It prefills, steps, emits, stops, rolls back and returns what stock would return.
+"""`DecodingLoop`: the only decoding loop. It prefills, steps, emits, stops, rolls back, and returns what stock would.
 
-It is a valid `custom_generate` callable, so `model.generate(custom_generate=loop)` works without the package's wrapper.
+It is a valid `custom_generate` callable, so `model.generate(custom_generate=loop)` works without the package's
+wrapper.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -34,8 +35,8 @@ class DecodingLoop:
     Args:
         config (`SpeculationConfig`): the strategy's settings.
         assistant_model (`PreTrainedModel`, *optional*): for strategies that draft with a second model.
-        streamer (`BaseStreamer`, *optional*): gets tokens once they are final. (On the `custom_generate` path stock drops a
-            streamer given to `generate()`, after pushing the prompt to it; give the same one here.)
+        streamer (`BaseStreamer`, *optional*): gets tokens once they are final. (On the `custom_generate` path stock
+            drops a streamer given to `generate()`, after pushing the prompt to it; give the same one here.)
 
     Raises:
         ValueError: for an assistant that the strategy needs and did not get, or got and does not use.
@@ -106,7 +107,10 @@ class DecodingLoop:
         if not generation_config.return_dict_in_generate:
             return sequences
         return SpeculationOutput(
-            sequences=sequences, past_key_values=cache, speculation=stats if stats.num_drafts else None, **emitter.tables(end)
+            sequences=cast(torch.LongTensor, sequences),
+            past_key_values=cache,
+            speculation=stats if stats.num_drafts else None,
+            **emitter.tables(end),
         )
 
     def _prepare(
@@ -133,13 +137,17 @@ class DecodingLoop:
         room = generation_config.max_length - input_ids.shape[1]
         if room < 1:
             raise ValueError(
-                f"`max_length` is {generation_config.max_length} for a prompt of {input_ids.shape[1]} tokens; there must be "
-                "room for at least one new token."
+                f"`max_length` is {generation_config.max_length} for a prompt of {input_ids.shape[1]} tokens; there "
+                "must be room for at least one new token."
             )
-        admission.check_rope(model.config.get_text_config(decoder=True), min(prompt.lengths), max(prompt.lengths) + room)
+        admission.check_rope(
+            model.config.get_text_config(decoder=True), min(prompt.lengths), max(prompt.lengths) + room
+        )
         chain = ProcessorChain(processors if processors is not None else LogitsProcessorList())
         stats = SpeculationStats(
-            strategy=self.config.strategy, accept_lengths=[[] for _ in range(input_ids.shape[0])], timed=timings_wanted()
+            strategy=self.config.strategy,
+            accept_lengths=[[] for _ in range(input_ids.shape[0])],
+            timed=timings_wanted(),
         )
         state = DecodingState(model, prompt, generation_config, chain, windows, stats)
         rules = criteria if criteria is not None else StoppingCriteriaList()
@@ -154,11 +162,15 @@ class DecodingLoop:
         if not strategy.batched and state.batch > 1:
             self._check_in_turn(emitter, state.batch)
         if not strategy.lossless:
-            logger.warning_once(f"The strategy {self.config.strategy!r} is lossy under these settings: see its documentation.")
+            logger.warning_once(
+                f"The strategy {self.config.strategy!r} is lossy under these settings: see its documentation."
+            )
         return state, emitter
 
     def _check_in_turn(self, emitter: Emitter, batch: int) -> None:
-        what = [type(rule).__name__ for rule in emitter.custom] + (["streamer"] if emitter.streamer is not None else [])
+        what = [type(rule).__name__ for rule in emitter.custom] + (
+            ["streamer"] if emitter.streamer is not None else []
+        )
         if what:
             raise ValueError(
                 f"The strategy {self.config.strategy!r} decodes the {batch} rows in turn, so it can't serve "
@@ -169,7 +181,7 @@ class DecodingLoop:
     def _decode(
         self, strategy: SpeculationStrategy, state: DecodingState, emitter: Emitter, rows: list[int], keep_cache: bool
     ) -> tuple[ModelRunner, list[int]]:
-        """Decode `rows` together until all are finished; return the target's runner and the row in each storage slot."""
+        """Decode `rows` together until all are finished; return the runner and the row in each storage slot."""
         # before `begin` the caches are sized for the call; the block after the last kept token needs room as well
         cache = strategy.make_cache(state, len(rows))
         state.begin(rows, ModelRunner(state.model, cache, state.max_length), emitter.eos)
@@ -195,7 +207,9 @@ class DecodingLoop:
                 return state.target, retired[::-1]
             result, count = strategy.step(state), True
 
-    def _complete(self, state: DecodingState, emitter: Emitter, target: ModelRunner, order: list[int], end: int) -> None:
+    def _complete(
+        self, state: DecodingState, emitter: Emitter, target: ModelRunner, order: list[int], end: int
+    ) -> None:
         """Feed finished rows the padding that stock would have fed them, for its scores and for the returned cache."""
         missing = [end - state.columns[row] for row in order]
         if not max(missing):
@@ -230,13 +244,14 @@ class DecodingLoop:
             parts.append(part)
             rows += order
         back = torch.tensor(rows).argsort()
-        for index, layer in enumerate(parts[0].layers):
-            pieces = [part.layers[index] for part in parts]
+        layers: list[Any] = parts[0].layers
+        for index, layer in enumerate(layers):
+            pieces: list[Any] = [part.layers[index] for part in parts]
             layer.keys, layer.values = (
-                torch.cat([getattr(piece, name) for piece in pieces])[back.to(layer.device)] for name in ("keys", "values")
+                torch.cat([getattr(piece, name) for piece in pieces])[back.to(layer.device)]
+                for name in ("keys", "values")
             )
         if past is None:
             return parts[0]
         past.layers[:] = parts[0].layers  # in place: the caller goes on using this object
         return past
-

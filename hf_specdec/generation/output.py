@@ -1,7 +1,7 @@
 """`Emitter`: what leaves the loop. It cuts new tokens, runs criteria and streamer by column, and collects scores.
 
-The column clock: column t goes to the stopping criteria and the streamer, as the `[b, t]` matrix of stock decoding, once every
-unfinished row has it. Rows that are ahead lose what lies past the verdict.
+The column clock: column t goes to the stopping criteria and the streamer, as the `[b, t]` matrix of stock decoding,
+once every unfinished row has it. Rows that are ahead lose what lies past the verdict.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Emitter:
         self.done[row] = True
 
     def _columns_of(self, name: str, end: int) -> tuple[torch.Tensor, ...] | None:
-        """Return what was collected up to column `end` as stock's tuple of `[b, V]`, `None` where nothing is collected."""
+        """Return what was collected up to column `end` as stock's tuple of `[b, V]`, `None` if nothing is."""
         if name not in self.collected:
             return None
         width = end - self.first
@@ -127,6 +127,6 @@ class Emitter:
         for name, rows in self.collected.items():
             rows[row].append(values[name].float())
 
-    def tables(self, end: int) -> dict[str, tuple[torch.Tensor, ...] | None]:
+    def tables(self, end: int) -> dict[str, Any]:
         """Return the collected scores and logits up to column `end`, by name."""
         return {name: self._columns_of(name, end) for name in self.collects}

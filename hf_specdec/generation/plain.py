@@ -18,7 +18,7 @@ from .strategy import SpeculationStrategy
 
 @dataclass(frozen=True)
 class PlainConfig(SpeculationConfig):
-    """Settings of plain decoding: none. `num_assistant_tokens` is accepted and has no effect, since nothing is drafted."""
+    """Settings of plain decoding: none; `num_assistant_tokens` has no effect, since nothing is drafted."""
 
     strategy = "plain"
 

@@ -1,8 +1,8 @@
-"""The caller's logits processors, applied so that each (row, position) sees the prefix that plain decoding would show it.
+"""The caller's logits processors, applied so that each (row, position) sees the prefix of plain decoding.
 
-Processors that ignore `input_ids` run once over all rows and positions. Any other runs once per column of text: it gets the
-full left-padded matrix `[b, t]` in the caller's row order, as in stock decoding, and only rows whose prefix has t columns
-are read. It must be a pure function of ids, scores and row.
+Processors that ignore `input_ids` run once over all rows and positions. Any other runs once per column of text: it
+gets the full left-padded matrix `[b, t]` in the caller's row order, as in stock decoding, and only rows whose prefix
+has t columns are read. It must be a pure function of ids, scores and row.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class ProcessorChain:
         for processor in processors:
             if type(processor).__name__ in _KEEPS_STATE:
                 raise ValueError(
-                    f"`logits_processor` {type(processor).__name__} keeps state between calls, so it can't be used with "
-                    "`assistant_strategy`; remove the watermark or the guidance scale, or decode with "
+                    f"`logits_processor` {type(processor).__name__} keeps state between calls, so it can't be used "
+                    "with `assistant_strategy`; remove the watermark or the guidance scale, or decode with "
                     '`assistant_strategy="off"`.'
                 )
         self.processors = list(processors)

@@ -21,7 +21,8 @@ class Prompt:
         past_width (`int`): columns that it holds.
         lengths (`list[int]`): real tokens per row, cached ones included.
         cached (`list[int]`): tokens per row that come from `past`; the last token is always fed again.
-        tokens (`torch.Tensor` of shape `[b, max(lengths)]`, int64): ids by position; cached tokens that were not given are 0.
+        tokens (`torch.Tensor` of shape `[b, max(lengths)]`, int64): ids by position; cached tokens that were not given
+            are 0.
     """
 
     ids: torch.Tensor
@@ -33,12 +34,15 @@ class Prompt:
     tokens: torch.Tensor
 
     @classmethod
-    def read(cls, ids: torch.Tensor, mask: torch.Tensor | None, past: DynamicCache | None, width: int | None) -> Prompt:
+    def read(
+        cls, ids: torch.Tensor, mask: torch.Tensor | None, past: DynamicCache | None, width: int | None
+    ) -> Prompt:
         """Build the prompt.
 
         Args:
             ids (`torch.Tensor` of shape `[b, T]`): the whole text, or (with `past`) only what is new.
-            mask (`torch.Tensor` of shape `[b, M]`, *optional*): attention mask over the whole text; `None` for all ones.
+            mask (`torch.Tensor` of shape `[b, M]`, *optional*): attention mask over the whole text; `None` for all
+                ones.
             past (`DynamicCache`, *optional*): an earlier turn's cache.
             width (`int`, *optional*): columns of the mask where it is `None` and known.
 
@@ -57,8 +61,8 @@ class Prompt:
         shift = mask.shape[1] - given
         if mask.shape[0] != b or shift < 0 or (shift and shift != past_width):
             raise ValueError(
-                f"`attention_mask` has the shape {tuple(mask.shape)} for `input_ids` {tuple(ids.shape)} and {past_width} "
-                "cached tokens; it must cover the whole text."
+                f"`attention_mask` has the shape {tuple(mask.shape)} for `input_ids` {tuple(ids.shape)} and "
+                f"{past_width} cached tokens; it must cover the whole text."
             )
         if not bool(mask[:, -1].all()):
             raise ValueError("`attention_mask` ends in 0: the prompts are right-padded. Set `padding_side='left'`.")
@@ -84,7 +88,7 @@ class Prompt:
         cache.load(self.past, columns, counts, self.past_width, rows)
 
     def slots(self, generated: int) -> torch.Tensor:
-        """Return the position that each column holds after `generated` more columns, `[b, M + generated]`; -1 for padding."""
+        """Return the position in each column after `generated` more, `[b, M + generated]`; -1 for padding."""
         prompt = torch.where(self.mask, self.mask.cumsum(dim=1) - 1, -1)
         extra = torch.arange(generated, device=self.mask.device)
         lengths = torch.tensor(self.lengths, device=self.mask.device)

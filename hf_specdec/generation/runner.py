@@ -1,11 +1,11 @@
-"""`ModelRunner`: one model with its cache, fed tokens at absolute positions. Targets and assistants use the same class."""
+"""`ModelRunner`: one model, target or assistant, with its cache, fed tokens at absolute positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -32,15 +32,17 @@ class ModelRunner:
     Args:
         model (`PreTrainedModel`): a causal language model; `kernels.dispatch.speculative_attention` must be active.
         cache (`SpeculativeCache`): its keys and values.
-        max_length (`int`): tokens that a row can have at most; fed positions are clamped below it, because the unused tail
-            of a block may pass the end of a learned position table.
+        max_length (`int`): tokens that a row can have at most; fed positions are clamped below it, because the unused
+            tail of a block may pass the end of a learned position table.
     """
 
     def __init__(self, model: PreTrainedModel, cache: SpeculativeCache, max_length: int) -> None:
         self.model, self.cache = model, cache
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = cast(torch.Tensor, model.get_input_embeddings().weight).device
         self.last_position = max_length - 1
-        self._prefill_options = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+        self._prefill_options = (
+            {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+        )
         self._checked = False
 
     def forward(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> Forward:
@@ -68,9 +70,10 @@ class ModelRunner:
             )
         if not self._checked:
             if step.layers_seen != len(self.cache.layers) or step.layers_attended != len(self.cache.layers):
+                name, layers = type(self.model).__name__, len(self.cache.layers)
                 raise RuntimeError(
-                    f"{type(self.model).__name__} has {len(self.cache.layers)} layers, of which {step.layers_seen} wrote the "
-                    f"cache and {step.layers_attended} attended through hf_specdec; `assistant_strategy` can't run this model."
+                    f"{name} has {layers} layers; {step.layers_seen} wrote the cache "
+                    f"and {step.layers_attended} attended through hf_specdec, so `assistant_strategy` can't run it."
                 )
             self._checked = True
         return Forward(output.logits, seen[0] if hidden else None)
@@ -79,7 +82,8 @@ class ModelRunner:
         """Fill the first `m` slots of every row with the model's own attention, which must be active.
 
         Args:
-            tokens (`torch.Tensor` of shape `[n, m]`, int64): left-aligned ids; what follows a row's end is overwritten later.
+            tokens (`torch.Tensor` of shape `[n, m]`, int64): left-aligned ids; what follows a row's end is overwritten
+                later.
             chunk (`int`, *optional*): columns per forward; `None` for all at once.
         """
         self.cache.exact_slices = True
@@ -115,7 +119,7 @@ class ModelRunner:
 
 @contextmanager
 def _head_input(model: PreTrainedModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """Collect what enters the LM head inside the context (exact for every family, and no other layer's states are kept)."""
+    """Collect what enters the LM head inside the context; exact for every family, and nothing else is kept."""
     seen: list[torch.Tensor] = []
     if not wanted:
         yield seen

@@ -1,7 +1,7 @@
 """`DecodingState`: what a strategy sees of one `generate()` call, and the text that the loop has emitted so far.
 
-Rows have two numbers: a *row* is the caller's, a *slot* is the place among the active rows (`active[slot] = row`). Active rows
-occupy the slots `[0, n)` of every cache; a row that finishes is exchanged with the last active one.
+Rows have two numbers: a *row* is the caller's, a *slot* is the place among the active rows (`active[slot] = row`).
+Active rows occupy the slots `[0, n)` of every cache; a row that finishes is exchanged with the last active one.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class DecodingState:
         return torch.isin(ids, torch.tensor(sorted(self._eos), dtype=ids.dtype, device=ids.device))
 
     def forward(self, tokens: torch.Tensor, **options: Any) -> Forward:
-        """Run the target over `tokens` `[n, m]`, whose first column is each slot's pending token (see `ModelRunner.forward`)."""
+        """Run the target over `tokens` `[n, m]`, each slot's pending token first (see `ModelRunner.forward`)."""
         self.stats.target_forwards += 1
         return self.target.forward(tokens, [count - 1 for count in self.committed], **options)
 
@@ -130,7 +130,7 @@ class DecodingState:
         return self.processors(logits, self.ids, self.active, columns, drafts)
 
     def process_next(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
-        """Return `logits` `[n, V]` of what follows each slot's text and `drafts` `[n, j]`, after the caller's processors."""
+        """Return `logits` `[n, V]` of what follows the text and `drafts` `[n, j]`, after the caller's processors."""
         if not len(self.processors) and not self.do_sample:
             return logits
         columns = [self.columns[row] + drafts.shape[1] for row in self.active]
@@ -142,7 +142,7 @@ class DecodingState:
         return self.processors(logits[:, None], ids, self.active, columns, drafts[:, :0])[:, 0]
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a token `[n]` from processed scores `[n, V]`, and the law `[n, V]` that it was drawn from (`None`: greedy)."""
+        """Return a token `[n]` from processed scores `[n, V]`, and its law `[n, V]` (`None` for greedy decoding)."""
         if not self.do_sample:
             return scores.argmax(dim=-1), None
         law = torch.softmax(scores, dim=-1)

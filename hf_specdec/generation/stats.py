@@ -76,7 +76,7 @@ class SpeculationStats:
 
     @contextmanager
     def phase(self, name: str, device: torch.device) -> Iterator[None]:
-        """Add the time of the enclosed work to `seconds[name]` where timing was asked for (it waits for the device)."""
+        """Add the time of the enclosed work to `seconds[name]`, where timing was asked for."""
         if not self.timed:
             yield
             return
@@ -111,7 +111,7 @@ def _wait(device: torch.device) -> None:
 
 @dataclass
 class SpeculationOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns under a strategy: the stock output and the statistics.
+    """What `generate(..., return_dict_in_generate=True)` returns under a strategy: stock's output and the statistics.
 
     Args:
         speculation (`SpeculationStats`, *optional*): counters of the call; `None` when nothing was speculated.
@@ -136,8 +136,8 @@ def on_speculation(callback: Callable[[SpeculationStats], None], *, timings: boo
 
     Args:
         callback (`Callable[[SpeculationStats], None]`): gets the statistics.
-        timings (`bool`, *optional*, defaults to `False`): measure seconds per phase too. That waits for the device between
-            phases, so it is off by default.
+        timings (`bool`, *optional*, defaults to `False`): measure seconds per phase too. That waits for the device
+            between phases, so it is off by default.
     """
     listener = (callback, timings)
     _listeners.append(listener)

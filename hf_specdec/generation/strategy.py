@@ -1,7 +1,8 @@
 """What a method is made of: `Draft`, `StepResult`, `Drafter` and `SpeculationStrategy`.
 
-A strategy is a drafter and an acceptance rule. The default `step` drafts, runs the target once over the pending token and the
-drafts, and accepts losslessly; a method overrides the part that it changes. The loop alone emits, stops, streams and rolls back.
+A strategy is a drafter and an acceptance rule. The default `step` drafts, runs the target once over the pending token
+and the drafts, and accepts losslessly; a method overrides the part that it changes. The loop alone emits, stops,
+streams and rolls back.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Draft:
     Args:
         tokens (`torch.Tensor` of shape `[n, k]`, int64): proposals; k may be 0.
         counts (`list[int]`): how many of each row's k are real.
-        law (`torch.Tensor` of shape `[n, k or k + 1, V]`, float32, *optional*): the law that each token was drawn from.
-            `None` says that each token is a point mass, and is always right for greedy decoding. See `acceptance` for laws
-            of mass below 1.
+        law (`torch.Tensor` of shape `[n, k or k + 1, V]`, float32, *optional*): the law that each token was drawn
+            from. `None` says that each token is a point mass, and is always right for greedy decoding. See
+            `acceptance` for laws of mass below 1.
         hidden (`torch.Tensor` of shape `[n, k, H]`, *optional*): the drafter's LM head input at each proposal.
     """
 
@@ -123,8 +124,8 @@ class SpeculationStrategy:
             raise ValueError(f"The strategy {name!r} drafts with a second model: pass `assistant_model=`.")
         if assistant_model is not None and not self.needs_assistant:
             raise ValueError(
-                f"The strategy {name!r} does not use `assistant_model` (got {type(assistant_model).__name__}); leave it out, "
-                'or use `assistant_strategy="assisted"`.'
+                f"The strategy {name!r} does not use `assistant_model` (got {type(assistant_model).__name__}); leave "
+                'it out, or use `assistant_strategy="assisted"`.'
             )
         self.config = config
         self.assistant_model = assistant_model
@@ -199,7 +200,7 @@ class SpeculationStrategy:
             self.drafter.commit(state)
 
     def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
-        """Return how many tokens of an active row layer `layer_idx` holds exactly as a fresh forward would (for tests)."""
+        """Return how many tokens of a slot layer `layer_idx` holds exactly as a fresh forward would (for tests)."""
         return state.committed[slot] - 1
 
     def follow(self, state: DecodingState) -> None:

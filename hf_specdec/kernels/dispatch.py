@@ -1,7 +1,7 @@
 """Our attention and mask functions, registered under one name, and the switch that makes a model use them for a while.
 
-The attention function serves forwards that carry a `specdec_step` keyword. Any other forward reaches it only because configs
-can be shared between models; it then runs the implementation that the config named before.
+The attention function serves forwards that carry a `specdec_step` keyword. Any other forward reaches it only because
+configs can be shared between models; it then runs the implementation that the config named before.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -17,8 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _compat
-from .step import Step
 from . import explicit, packed
+from .step import Step
 
 
 ATTENTION = "hf_specdec"
@@ -28,7 +28,7 @@ _EXPLICIT_QUERIES = 16
 
 
 class MaskSpec:
-    """What Transformers asked a mask for: enough to read the window, or to build the original implementation's mask."""
+    """What Transformers asked a mask for: enough to read the window, or to build the original mask."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
@@ -75,7 +75,7 @@ def attention_function(
     """
     if specdec_step is None:
         return _original(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
-    step, layer_idx = specdec_step, getattr(module, "layer_idx", None)
+    step, layer_idx = specdec_step, cast(int, getattr(module, "layer_idx", None))
     step.layers_attended += 1
     window = _admit(module, layer_idx, attention_mask, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -86,7 +86,7 @@ def attention_function(
     score = step.score if step.score is not None and step.score.wants(layer_idx) else None
     rules |= {"window": window, "score": score.wanted if score is not None else None}
     output, metric = _choose(query, rules)(query, key, value, step, **rules)
-    if score is not None:
+    if score is not None and metric is not None:
         score.take(layer_idx, metric, step, key, value)
     return output.transpose(1, 2), None
 
@@ -107,7 +107,9 @@ def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: di
     if layer_idx is None:
         raise ValueError(f"{type(module).__name__} has no `layer_idx`, so its place in the cache is unknown.")
     if mask is not None and not isinstance(mask, MaskSpec):
-        raise ValueError(f"{type(module).__name__} builds its own attention mask, which `assistant_strategy` can't follow.")
+        raise ValueError(
+            f"{type(module).__name__} builds its own attention mask, which `assistant_strategy` can't follow."
+        )
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor) and name not in _ALLOWED_TENSORS:
             raise ValueError(
@@ -117,7 +119,9 @@ def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: di
     if mask is None:
         return None
     if mask.arguments.get("use_vmap"):
-        raise ValueError(f"{type(module).__name__} changes the causal mask; `assistant_strategy` supports causal and sliding.")
+        raise ValueError(
+            f"{type(module).__name__} changes the causal mask; `assistant_strategy` supports causal and sliding."
+        )
     window: int | None = mask.window
     return window
 
@@ -137,7 +141,7 @@ def _original(
     name = _compat.attention_name(module.config)  # type: ignore[arg-type]
     original = name.original if isinstance(name, _Switched) else "sdpa"
     if original == "eager":
-        function = getattr(__import__(type(module).__module__, fromlist=["x"]), "eager_attention_forward")
+        function = __import__(type(module).__module__, fromlist=["x"]).eager_attention_forward
     else:
         function = ALL_ATTENTION_FUNCTIONS[original]
     if isinstance(mask, MaskSpec):

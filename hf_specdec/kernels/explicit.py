@@ -1,8 +1,8 @@
-"""Attention in plain torch operations, laid out for speed: products over whole storage, the query group packed as rows.
+"""Attention in plain torch operations, laid out for speed: whole storage, the query group packed as rows.
 
-The scores exist as a tensor here, so Vegas' token scores cost one reduction and no second pass over the keys. On CPU in bf16
-this beats `scaled_dot_product_attention` on few queries by about two, if the score product runs as `K @ q` and both products
-run over whole contiguous storage instead of a slice (measured; see docs/architecture.md).
+The scores exist as a tensor here, so Vegas' token scores cost one reduction and no second pass over the keys. On CPU
+in bf16 this beats `scaled_dot_product_attention` on few queries by about two, if the score product runs as `K @ q` and
+both products run over whole contiguous storage instead of a slice (measured; see docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def cached_attention(
         score (`tuple[str, str, bool]`, *optional*): which token scores to return: (queries, metric, per key head).
 
     Returns:
-        The output `[n, h_q, m, d_v]` and the token scores `[n, S]` or `[n, h_kv, S]` in float32, `None` unless asked for.
-        Slots that some row may not choose hold undefined scores, and S may be less than C.
+        The output `[n, h_q, m, d_v]` and the token scores `[n, S]` or `[n, h_kv, S]` in float32, `None` unless asked
+        for. Slots that some row may not choose hold undefined scores, and S may be less than C.
     """
     n, heads, m, _ = query.shape
     key_heads, capacity = key.shape[1], key.shape[2]
@@ -87,7 +87,7 @@ def _hide(scores: torch.Tensor, step: Step, first: int, end: int, window: int | 
 def _softmax(
     scores: torch.Tensor, sinks: torch.Tensor | None, n: int, key_heads: int, groups: int, m: int
 ) -> torch.Tensor:
-    """Return the softmax over the last dimension of `[n * h_kv, groups * m, S]`; it accumulates in float32 or better."""
+    """Return the softmax over the last dimension of `[n * h_kv, groups * m, S]`, accumulated in float32 or better."""
     if sinks is None:
         return torch.softmax(scores, dim=-1)
     extra = sinks.to(scores.dtype).view(1, key_heads, groups, 1).expand(n, -1, -1, m).reshape(n * key_heads, -1, 1)
@@ -129,7 +129,8 @@ def side_attention(
         query (`torch.Tensor` of shape `[n, h_q, 1, d]`): the draft token's query.
         key (`torch.Tensor` of shape `[n, h_kv, w, d]`): gathered keys.
         value (`torch.Tensor` of shape `[n, h_kv, w, d_v]`): gathered values.
-        bias (`torch.Tensor` of shape `[n, 1 or h_kv, 1, w]`, *optional*): 0, or -inf for columns that a row does not read.
+        bias (`torch.Tensor` of shape `[n, 1 or h_kv, 1, w]`, *optional*): 0, or -inf for columns that a row does not
+            read.
         scaling, softcap, sinks: as in `cached_attention`.
 
     Returns:

@@ -1,6 +1,7 @@
 """Attention through `scaled_dot_product_attention`, the query group packed as rows; token scores by a second product.
 
-Used on CUDA, and for many queries at once (a second turn's prompt), where a score tensor for all of them would be too large.
+Used on CUDA, and for many queries at once (a second turn's prompt), where a score tensor for all of them would be too
+large.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .step import Step
 from .explicit import _token_scores
+from .step import Step
 
 
 def cached_attention(
@@ -42,7 +43,9 @@ def cached_attention(
         # rows of the packed group are (group, query), so the mask repeats per group
         visible = step.memo(
             ("visible", first, window, query.device),
-            lambda: ~step.hidden_slots(first, step.high, window, query.device)[:, None].repeat(1, 1, heads // key_heads, 1),
+            lambda: (
+                ~step.hidden_slots(first, step.high, window, query.device)[:, None].repeat(1, 1, heads // key_heads, 1)
+            ),
         )
     packed = query.reshape(n, key_heads, -1, size)
     output = torch.nn.functional.scaled_dot_product_attention(packed, keys, values, attn_mask=visible, scale=scaling)

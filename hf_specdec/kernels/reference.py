@@ -1,4 +1,4 @@
-"""The specification of attention over a ragged cache, and of the scores that Vegas takes from it. Plain, slow, complete."""
+"""The specification of attention over a ragged cache and of Vegas' token scores: plain, slow, complete."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def attention_weights(
         scaling (`float`): factor on the products.
         window (`int`, *optional*): a query at position i reads the positions `(i - window, i]`; `None` for `[0, i]`.
         softcap (`float`, *optional*): scores become `softcap * tanh(score / softcap)` (Gemma-2).
-        sinks (`torch.Tensor` of shape `[h_q]`, *optional*): a learned logit per head that takes part in the softmax and
-            attends to nothing (gpt-oss), so that the weights sum to less than 1.
+        sinks (`torch.Tensor` of shape `[h_q]`, *optional*): a learned logit per head that takes part in the softmax
+            and attends to nothing (gpt-oss), so that the weights sum to less than 1.
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `[n, h_q, m, S]`, float32 (float64 for float64 inputs).
@@ -50,7 +50,9 @@ def attention_weights(
     return torch.softmax(scores, dim=-1), raw
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, **rules: object) -> torch.Tensor:
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, **rules: object
+) -> torch.Tensor:
     """Return the attention output `[n, h_q, m, d_v]`, in the query's dtype; arguments as for `attention_weights`."""
     weights, _ = attention_weights(query, key, starts, **rules)  # type: ignore[arg-type]
     value = value.to(weights.dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -58,9 +60,15 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start
 
 
 def token_scores(
-    weights: torch.Tensor, raw: torch.Tensor, last: torch.Tensor, *, queries: str, metric: str, key_heads: int | None = None
+    weights: torch.Tensor,
+    raw: torch.Tensor,
+    last: torch.Tensor,
+    *,
+    queries: str,
+    metric: str,
+    key_heads: int | None = None,
 ) -> torch.Tensor:
-    """Return Vegas' importance of each slot: the mean over query heads and over the chosen query rows (arXiv 2602.07223).
+    """Return Vegas' importance of each slot, the mean over query heads and chosen query rows (arXiv 2602.07223).
 
     Args:
         weights (`torch.Tensor` of shape `[n, h_q, m, S]`): from `attention_weights`.
@@ -71,8 +79,8 @@ def token_scores(
         key_heads (`int`, *optional*): keep the key heads apart, each the mean over its own query heads.
 
     Returns:
-        `torch.Tensor` of shape `[n, S]`, or `[n, key_heads, S]`. With `"logit"`, slots that a query may not read are not
-        marked; the caller chooses among those that both rows may read.
+        `torch.Tensor` of shape `[n, S]`, or `[n, key_heads, S]`. With `"logit"`, slots that a query may not read are
+        not marked; the caller chooses among those that both rows may read.
     """
     index = torch.arange(weights.shape[2], device=weights.device)
     chosen = {

@@ -33,9 +33,7 @@ class ScoreSink(Protocol):
     def wants(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` is to be scored."""
 
-    def take(
-        self, layer_idx: int, metric: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
+    def take(self, layer_idx: int, metric: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Receive `metric` `[n, S]` (or `[n, h_kv, S]`), float32, and the layer's storage `[n, h_kv, capacity, d]`.
 
         Entries of `metric` that a row may not choose are undefined.
@@ -97,7 +95,7 @@ class Step:
         return self._tensors[key]
 
     def hidden_slots(self, first: int, end: int, window: int | None, device: torch.device) -> torch.Tensor:
-        """Return which slots in `[first, end)` a query may *not* read: bool `[n or 1, width, end - first]`, built once."""
+        """Return which slots in `[first, end)` a query may *not* read, bool `[n or 1, width, end - first]`."""
         key = (device, first, end, window)
         if key not in self._tensors:
             slots = torch.arange(first, end, device=device)

@@ -1,0 +1,272 @@
+"""Timing decoding arms: one prefill per batch, every arm starts from a copy of its cache, repeats interleave."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from .. import __version__
+from ..generation.stats import SpeculationStats, on_speculation
+from ..hub import resolve_strategy
+
+
+STOCK = ("default", "static")
+"""Stock plain decoding, always measured: with the default cache, and the static one (compiled on CUDA)."""
+
+_STOCK_SPECULATIVE = ("prompt_lookup", "stock_assisted")
+_PREFILL_CHUNK = 1024
+
+
+@dataclass
+class Arm:
+    """One way of decoding.
+
+    Args:
+        name (`str`): as in the table.
+        options (`dict`): keyword arguments of `generate()`.
+        static (`bool`, *optional*, defaults to `False`): start from a static cache.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    static: bool = False
+
+
+@dataclass
+class Measurement:
+    """What one arm did at one (context, batch).
+
+    Args:
+        name (`str`): the arm.
+        context (`int`): tokens of each prompt.
+        batch (`int`): rows.
+        new_tokens (`int`): tokens decoded per row.
+        tokens_per_second (`float`): median over the repeats, all rows, the first token and the prefill left out.
+        ms_per_token (`float`): milliseconds per column of the batch, median.
+        repeats (`list[float]`): milliseconds per column of every repeat.
+        tokens_per_step, acceptance (`float`, *optional*): of the last repeat, for strategies.
+        draft_ms, verify_ms, select_ms (`float`, *optional*): per forward (selection: per round), median.
+        modelled (`float`, *optional*): speed-up over the `plain` strategy that these step times predict.
+        same_tokens (`float`): share of the tokens before which the text equals the default arm's.
+    """
+
+    name: str
+    context: int
+    batch: int
+    new_tokens: int
+    tokens_per_second: float
+    ms_per_token: float
+    repeats: list[float]
+    tokens_per_step: float | None = None
+    acceptance: float | None = None
+    draft_ms: float | None = None
+    verify_ms: float | None = None
+    select_ms: float | None = None
+    modelled: float | None = None
+    same_tokens: float = 1.0
+
+
+class _Clock:
+    """A streamer that notes when each column came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        self.times.append(time.perf_counter())
+
+    @property
+    def decoding(self) -> float:
+        # times[0] is the prompt, times[1] the first token
+        return self.times[-1] - self.times[1]
+
+
+def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
+    """Return the arm called `name`.
+
+    Args:
+        name (`str`): a stock arm (`default`, `static`, `prompt_lookup`, `stock_assisted`) or anything that
+            `assistant_strategy` takes. `name@key=value,key=value` changes fields of the strategy's config.
+        assistant (`PreTrainedModel`, *optional*): for the arms that need one.
+
+    Raises:
+        ValueError: for an arm that needs an assistant where there is none, or an unknown strategy or field.
+    """
+    if name in STOCK:
+        return Arm(name, static=name == "static")
+    if name == "prompt_lookup":
+        return Arm(name, {"prompt_lookup_num_tokens": 10})
+    strategy, _, changes = name.partition("@")
+    needs = name == "stock_assisted" or strategy == "assisted"
+    if needs and assistant is None:
+        raise ValueError(f"The arm {name!r} needs a second model: give `--assistant FOLDER`.")
+    if name == "stock_assisted":
+        return Arm(name, {"assistant_model": assistant})
+    settings = {key: _value(text) for key, _, text in (part.partition("=") for part in changes.split(",") if part)}
+    config = resolve_strategy(strategy, settings)
+    return Arm(name, {"assistant_strategy": config, **({"assistant_model": assistant} if needs else {})})
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"True": True, "true": True, "False": False, "false": False, "None": None}.get(text, text)
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor) -> tuple[DynamicCache, float]:
+    """Return a stock cache of all tokens of `ids` `[b, T]` but the last, and the seconds that it took."""
+    cache = DynamicCache(config=model.config)
+    start = time.perf_counter()
+    with torch.no_grad():
+        for begin in range(0, ids.shape[1] - 1, _PREFILL_CHUNK):
+            part = ids[:, begin : min(begin + _PREFILL_CHUNK, ids.shape[1] - 1)]
+            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize()
+    return cache, time.perf_counter() - start
+
+
+def measure(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    arms: Sequence[Arm],
+    new_tokens: int,
+    repeats: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Measurement]:
+    """Time the arms on the prompts `ids` `[b, T]`, greedily, EOS ignored so that all decode the same number of tokens.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        ids (`torch.Tensor` of shape `[b, T]`, int64): prompts of equal length.
+        arms (`list[Arm]`): ways of decoding; stock arms that are limited to one row are skipped for more.
+        new_tokens (`int`): tokens per row.
+        repeats (`int`): timed runs of each arm, in turn; one run before them is not timed.
+        progress (`Callable[[str], None]`, *optional*): called with the arm's name after each run.
+
+    Raises:
+        ValueError: for fewer than 2 new tokens, or less than 1 repeat.
+    """
+    if new_tokens < 2 or repeats < 1:
+        raise ValueError(f"`new_tokens` must be at least 2 and `repeats` at least 1, got {new_tokens} and {repeats}.")
+    cache, _ = prefill(model, ids)
+    arms = [arm for arm in arms if ids.shape[0] == 1 or arm.name not in _STOCK_SPECULATIVE]
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    stats: dict[str, list[SpeculationStats]] = {arm.name: [] for arm in arms}
+    texts: dict[str, torch.Tensor] = {}
+    for repeat in range(repeats + 1):
+        for arm in arms:
+            clock = _Clock()
+            with on_speculation(stats[arm.name].append, timings=True):
+                output = cast(Any, model).generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    past_key_values=_start(model, cache, ids.shape[1] + new_tokens, arm.static),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    eos_token_id=model.config.get_text_config().vocab_size,  # an id that never comes
+                    pad_token_id=0,
+                    streamer=clock,
+                    **arm.options,
+                )
+            texts[arm.name] = output[:, ids.shape[1] :]
+            if repeat:
+                seconds[arm.name].append(clock.decoding)
+            progress(arm.name)
+    found = [_summarise(arm, ids, new_tokens, seconds[arm.name], stats[arm.name], texts) for arm in arms]
+    plain = next((m for m in found if m.name == "plain"), None)
+    for m in found:
+        if plain is not None and m.draft_ms is not None and m.verify_ms is not None and m.tokens_per_step is not None:
+            rounds = _rounds(m, stats[m.name][-1])
+            m.modelled = plain.ms_per_token * m.tokens_per_step / rounds
+    return found
+
+
+def _rounds(m: Measurement, stats: SpeculationStats) -> float:
+    """Return the milliseconds of an average round by its parts."""
+    drafts = stats.draft_forwards / max(stats.target_forwards, 1)
+    return drafts * (m.draft_ms or 0.0) + (m.verify_ms or 0.0)
+
+
+def _start(model: PreTrainedModel, cache: DynamicCache, capacity: int, static: bool) -> Cache:
+    if not static:
+        return copy.deepcopy(cache)
+    target = StaticCache(config=model.config, max_cache_len=capacity)
+    layers: list[Any] = [*zip(target.layers, cache.layers, strict=True)]
+    for layer, source in layers:
+        layer.update(source.keys, source.values)
+    return target
+
+
+def _summarise(
+    arm: Arm,
+    ids: torch.Tensor,
+    new_tokens: int,
+    seconds: list[float],
+    runs: list[SpeculationStats],
+    texts: dict[str, torch.Tensor],
+) -> Measurement:
+    batch, context = ids.shape
+    per_column = [1000 * value / (new_tokens - 1) for value in seconds]
+    middle = statistics.median(per_column)
+    result = Measurement(arm.name, context, batch, new_tokens, 1000 * batch / middle, middle, per_column)
+    if "default" in texts:
+        result.same_tokens = _agreement(texts[arm.name], texts["default"])
+    timed = runs[1:]
+    if timed and timed[-1].num_draft_tokens:
+        last = timed[-1]
+        result.tokens_per_step, result.acceptance = last.mean_tokens_per_step, last.acceptance_rate
+        result.draft_ms = statistics.median(1000 * s.seconds["draft"] / s.draft_forwards for s in timed)
+        result.verify_ms = statistics.median(1000 * s.seconds["verify"] / s.target_forwards for s in timed)
+        result.select_ms = statistics.median(1000 * s.seconds.get("select", 0.0) / s.target_forwards for s in timed)
+    return result
+
+
+def _agreement(text: torch.Tensor, other: torch.Tensor) -> float:
+    same = (text == other).long().cumprod(dim=1)
+    return float(same.sum() / same.numel())
+
+
+def environment() -> dict[str, Any]:
+    """Return what a figure has to be read with: versions, device and threads."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "hf_specdec": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+                platform.processor(),
+            )
+    except OSError:
+        return platform.processor()
+
+
+def to_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Return the measurements as JSON-safe dictionaries."""
+    return [asdict(m) for m in measurements]

