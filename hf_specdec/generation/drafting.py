@@ -26,8 +26,8 @@ class AssistantDrafter(Drafter):
 
     def __init__(self, model: PreTrainedModel, num_assistant_tokens: int, hidden: bool = False) -> None:
         self.model, self.limit, self.hidden = model, num_assistant_tokens, hidden
-        self.seen: list[int] = []  # per slot: tokens of the text whose keys and values the assistant's cache holds
-        self.fed: list[int] = []  # per slot: the same with draft tokens, after a round
+        # per slot: tokens whose keys and values the assistant's cache holds, during a round draft tokens included
+        self.known: list[int] = []
         self.runner: ModelRunner
 
     def setup(self, state: DecodingState) -> None:
@@ -53,7 +53,7 @@ class AssistantDrafter(Drafter):
         if max(ends):
             tokens = state.text[state.active][:, : max(ends)].to(self.runner.device)
             self.runner.prefill(tokens, state.generation_config.prefill_chunk_size)
-        self.seen = self.fed = ends
+        self.known = ends
         self.runner.cache.set_lengths(ends)
         state.contexts.enter_context(speculative_attention(self.model))
 
@@ -65,7 +65,7 @@ class AssistantDrafter(Drafter):
             return Draft.empty(state)
         committed = state.committed
         # one width for all rows, ending at the pending token: a row that lacks less reads some tokens again
-        width = max(count - seen for count, seen in zip(committed, self.seen, strict=False))
+        width = max(count - known for count, known in zip(committed, self.known, strict=False))
         tokens = state.tail(width)
         starts = [count - width for count in committed]
         drafts = state.pending[:, :0]
@@ -82,19 +82,20 @@ class AssistantDrafter(Drafter):
                 laws.append(law)
             if output.hidden is not None:
                 states.append(output.hidden[:, -1])
-        self.fed = starts
+        self.known = starts
         return Draft(
             drafts, counts, torch.stack(laws, dim=1) if laws else None, torch.stack(states, dim=1) if states else None
         )
 
     def commit(self, state: DecodingState) -> None:
         """Keep what both the cache and the text have: not the newest token, nor a last draft token, never fed."""
-        self.seen = [min(length, count - 1) for length, count in zip(self.fed, state.committed, strict=True)]
-        self.runner.cache.set_lengths(self.seen)
+        # rows that have finished are the last of the list, and fall out
+        self.known = [min(length, count - 1) for length, count in zip(self.known, state.committed, strict=False)]
+        self.runner.cache.set_lengths(self.known)
 
     def swap(self, i: int, j: int) -> None:
         """Exchange the slots i and j."""
-        self.seen[i], self.seen[j] = self.seen[j], self.seen[i]
+        self.known[i], self.known[j] = self.known[j], self.known[i]
 
 
 def pad_vocabulary(logits: torch.Tensor, width: int) -> torch.Tensor:

@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..cache.sparse import SparseView
 from ..configuration import SpeculationConfig
 from .state import DecodingState
 from .strategy import Draft, Drafter, SpeculationStrategy
 
+
+logger = logging.get_logger(__name__)
 
 _SELECTIONS = ("verification", "window")
 _QUERIES = ("first_last", "last", "all")
@@ -86,7 +89,8 @@ class VegasConfig(SpeculationConfig):
 
     def budget(self, keys: int, valid: int) -> int:
         """Return `B`, how many of `valid` candidates to choose when the forward has `keys` keys, drafts included."""
-        count = max(math.ceil(self.kv_ratio * keys), self.min_tokens)
+        # 0.07 * 5000 is 350.00000000000006 in floats
+        count = max(math.ceil(self.kv_ratio * keys - 1e-9), self.min_tokens)
         if self.max_tokens is not None:
             count = min(count, self.max_tokens)
         return min(count, valid)
@@ -116,6 +120,11 @@ class VegasDrafter(Drafter):
             by_position=config.selection == "window",
             timed=lambda: state.timed("select"),
         )
+        if not any(self.view.covered):
+            logger.warning_once(
+                f"{type(state.model).__name__} has sliding-window layers only: Vegas has nothing to leave out, so the call "
+                "takes plain steps."
+            )
         state.followers.append(self.view)
         state.stats.method.update(plain_rows=0, selections=0, mean_kv_budget=0.0)
 
