@@ -85,6 +85,7 @@ class Prompt:
         counts = [self.cached[row] for row in rows]
         # column of each row's p-th real token: real columns sort before the masked ones
         columns = torch.argsort((~self.mask[rows]).int(), dim=1, stable=True)[:, : max(counts)]
+        columns = columns.clamp(max=self.past_width - 1)  # what follows a row's count may not be in the cache
         cache.load(self.past, columns, counts, self.past_width, rows)
 
     def slots(self, generated: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ def cached_attention(
     scores = torch.bmm(keys, packed.transpose(1, 2))
     raw = None
     if score is not None and score[1] == "logit":
-        raw = _token_scores(scores.view(n, key_heads, -1, groups, m).movedim(2, -1), step, score) / scaling
+        raw = token_scores(scores.view(n, key_heads, -1, groups, m).movedim(2, -1), step, score) / scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     _hide(scores.view(n, key_heads, end - first, groups, m), step, first, end, window)
@@ -66,7 +66,7 @@ def cached_attention(
 
     metric = raw
     if score is not None and score[1] == "weight":
-        metric = _token_scores(weights.view(n, key_heads, groups, m, -1), step, score)
+        metric = token_scores(weights.view(n, key_heads, groups, m, -1), step, score)
     output = torch.bmm(weights, value[:, :, first:end].reshape(n * key_heads, end - first, -1))
     return output.view(n, heads, m, -1), metric
 
@@ -94,7 +94,7 @@ def _softmax(
     return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1].contiguous()
 
 
-def _token_scores(source: torch.Tensor, step: Step, score: tuple[str, str, bool]) -> torch.Tensor:
+def token_scores(source: torch.Tensor, step: Step, score: tuple[str, str, bool]) -> torch.Tensor:
     """Return the mean of `source` `[n, h_kv, groups, m, S]` over heads and chosen query rows, float32 (or float64)."""
     queries, _, per_head = score
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .explicit import _token_scores
+from .explicit import token_scores
 from .step import Step
 
 
@@ -66,11 +66,11 @@ def _recomputed_scores(
     dtype = torch.float64 if packed.dtype == torch.float64 else torch.float32
     raw = (packed @ keys.transpose(-1, -2)).to(dtype)
     if score[1] == "logit":
-        return _token_scores(raw.unflatten(2, (-1, m)), step, score)
+        return token_scores(raw.unflatten(2, (-1, m)), step, score)
     scores = raw * scaling
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
-    return _token_scores(torch.softmax(scores, dim=-1).unflatten(2, (-1, m)), step, score)
+    return token_scores(torch.softmax(scores, dim=-1).unflatten(2, (-1, m)), step, score)
 
 
 def in_pieces(
