@@ -95,7 +95,8 @@ def demo(
     console.print(
         f"\n{found.mean_tokens_per_step:.2f} tokens per target step, {found.acceptance_rate:.0%} of drafts accepted\n"
     )
-    arms = ["default", "static", "plain", f"vegas@min_context={config.min_context}"]
+    vegas = "vegas" if config == VegasConfig() else f"vegas@min_context={config.min_context}"
+    arms = ["default", "static", "plain", vegas]
     _measure(loaded, lambda batch, _: ids[:batch], sizes, [context], arms, new_tokens, repeats, None, None)
 
 
