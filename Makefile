@@ -1,4 +1,5 @@
-# Everything runs in .venv, which is made on first use.
+# Everything runs in .venv, which is made on first use, and afresh when one of the first three variables changes
+# (export them to keep them for several commands).
 #
 #   PYTHON        the interpreter that makes .venv                      make test PYTHON=python3.12
 #   TORCH         what to install as torch, instead of constraints.txt  make test TORCH=torch
@@ -14,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAIN := $(if $(TORCH),,-c constraints.txt)
+VERSIONS := python=$(PYTHON) torch=$(TORCH) transformers=$(TRANSFORMERS)
 SOURCES := hf_specdec $(wildcard tests examples docs)
 
 # $(call install,EXTRA): the package with one of its extras, editable
@@ -44,12 +46,9 @@ clean:  ## remove .venv, builds and the tools' caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-
-# Rewritten only when the versions asked for change, and then everything below is installed again.
-$(VENV)/.versions: FORCE | $(BIN)/python
-	@echo "torch=$(TORCH) transformers=$(TRANSFORMERS)" | cmp -s - $@ || echo "torch=$(TORCH) transformers=$(TRANSFORMERS)" > $@
+# Rewritten only when other versions are asked for than those installed; then .venv is made afresh.
+$(VENV)/.versions: FORCE
+	@echo "$(VERSIONS)" | cmp -s - $@ || { $(PYTHON) -m venv --clear $(VENV) && echo "$(VERSIONS)" > $@; }
 
 # First, so that nothing else chooses the build of torch.
 $(VENV)/.torch: constraints.txt $(VENV)/.versions

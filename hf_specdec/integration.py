@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
-from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -215,6 +217,8 @@ def _bind_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
     strings = _explicit_value(model, kwargs, "stop_strings")
     if strings is None:
         return
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
     if kwargs.get("tokenizer") is None:
         raise ValueError("`stop_strings` needs `tokenizer=` in the call, as without `assistant_strategy`.")
     criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])

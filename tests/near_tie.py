@@ -31,14 +31,18 @@ class Divergence:
 
 
 def divergences(
-    exact: PreTrainedModel, text: torch.Tensor, other: torch.Tensor, mask: torch.Tensor, rounded: PreTrainedModel | None = None
+    exact: PreTrainedModel,
+    text: torch.Tensor,
+    other: torch.Tensor,
+    mask: torch.Tensor,
+    rounded: PreTrainedModel | None = None,
 ) -> list[Divergence]:
     """Return where rows of `text` and `other` `[b, T]` first differ.
 
     Args:
         exact (`PreTrainedModel`): the model in float32.
         mask (`torch.Tensor` of shape `[b, prompt]`): the prompts' attention mask.
-        rounded (`PreTrainedModel`, *optional*): the model in the type that decoded, if that is not float32: the bound is four
+        rounded (`PreTrainedModel`, *optional*): the model in the type that decoded, if not float32: the bound is four
             times the rms of its logits' error there. In float32 the bound is 1e-3.
     """
     found = []

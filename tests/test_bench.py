@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, its table takes the fastest stock arm as the base, and the command refuses bad input."""
+"""The benchmark measures what it says, ratios are against the fastest stock arm, and the command refuses bad input."""
 
 from __future__ import annotations
 
@@ -101,7 +101,13 @@ def test_ratios_are_against_the_fastest_stock_arm():
 
 @pytest.mark.parametrize(
     ("gains", "wanted"),
-    [([0.5, 1.5, 2.0], 150), ([1.1, 1.2, 1.3], 100), ([0.5, 0.9, 0.99], None), ([1.2, 0.8, 1.2], 300), ([1, 1, 1], None)],
+    [
+        ([0.5, 1.5, 2.0], 150),
+        ([1.1, 1.2, 1.3], 100),
+        ([0.5, 0.9, 0.99], None),
+        ([1.2, 0.8, 1.2], 300),
+        ([1, 1, 1], None),
+    ],
 )
 def test_break_even_is_where_every_longer_context_gains(gains, wanted):
     assert break_even([100, 200, 400], gains) == wanted

@@ -130,18 +130,16 @@ def test_the_enumeration_is_a_law(setting):
     assert law(8, 3, setting).shape == (8**3,)
 
 
-@pytest.mark.parametrize("mutant", ["all drafts accepted", "draft law forgotten", "residual forgotten"])
+@pytest.mark.parametrize("mutant", ["all drafts accepted", "wrong draft law", "residual forgotten"])
 def test_a_wrong_rule_is_found(mutant, monkeypatch):
     if mutant == "all drafts accepted":
         monkeypatch.setattr(
             acceptance, "acceptance_probability", lambda drafts, *_: torch.ones(drafts.shape, dtype=torch.float64)
         )
-    elif mutant == "draft law forgotten":
+    elif mutant == "wrong draft law":
         original = acceptance.speculative_sample
         monkeypatch.setattr(
-            acceptance,
-            "speculative_sample",
-            lambda drafts, counts, target, draft: original(drafts, counts, target, None),
+            acceptance, "speculative_sample", lambda d, counts, p, q: original(d, counts, p, q.roll(1, dims=-1))
         )
     else:
         monkeypatch.setattr(acceptance, "residual_law", lambda target, draft: target)

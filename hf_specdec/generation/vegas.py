@@ -122,8 +122,8 @@ class VegasDrafter(Drafter):
         )
         if not any(self.view.covered):
             logger.warning_once(
-                f"{type(state.model).__name__} has sliding-window layers only: Vegas has nothing to leave out, so the call "
-                "takes plain steps."
+                f"{type(state.model).__name__} has sliding-window layers only: Vegas has nothing to leave out, so "
+                "the call takes plain steps."
             )
         state.followers.append(self.view)
         state.stats.method.update(plain_rows=0, selections=0, mean_kv_budget=0.0)

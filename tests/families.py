@@ -1,0 +1,215 @@
+"""Random tiny models of many families, in float64, each with a perturbed copy of itself as its assistant.
+
+Random weights are useless for acceptance statistics but test exactness as well as any. The copy's noise is chosen so
+that drafts are accepted 0 to k times, and the EOS token so that some rows of the batch end inside a generation.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import string
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_specdec import SpeculationConfig
+from hf_specdec.generation.registry import preset, strategy_class
+
+
+VOCAB = 64
+WINDOW = 8
+LENGTHS = (19, 3, 12, 7)
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # large enough that attention is not flat and greedy text does not settle on one token
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,  # tied random weights repeat the last token for ever
+}
+HYBRID = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW, "head_dim": 8}),
+    "gemma2": ("Gemma2", {**HYBRID, "head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3", {**HYBRID, "head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gpt_neox": ("GPTNeoX", {"initializer_range": 0.4}),
+    "gpt2": ("GPT2", {}),
+    "phi3": ("Phi3", {}),
+    "gpt_oss": (
+        "GptOss",
+        {**HYBRID, **MOE, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+}
+NAMES = list(FAMILIES)
+# stock's eager attention turns fully masked rows into NaN in float64, and Gemma-2's soft-cap exists in eager only
+SINGLE = ("gemma2",)
+SEEDS = {"gemma2": 5, "gpt_neox": 6}  # others fall into a loop at once
+SLIDING = ("mistral", "gemma2", "gemma3", "gpt_oss")
+
+
+@dataclass
+class Family:
+    """A model, its assistant and a ragged, left-padded batch.
+
+    Args:
+        name (`str`): key of `FAMILIES`.
+        model (`PreTrainedModel`): the target; its generation config has no EOS.
+        assistant (`PreTrainedModel`): a noisy copy.
+        ids (`torch.Tensor` of shape `[4, 19]`): prompts.
+        mask (`torch.Tensor` of shape `[4, 19]`): their attention mask.
+        eos (`int`): a token that ends some row of a greedy generation of 50 tokens before others.
+    """
+
+    name: str
+    model: PreTrainedModel
+    assistant: PreTrainedModel
+    ids: torch.Tensor
+    mask: torch.Tensor
+    eos: int
+
+    @property
+    def tolerance(self) -> float:
+        """How far two exact computations of one state may be apart."""
+        return 2e-5 if self.name in SINGLE else 1e-10
+
+    @property
+    def one(self) -> dict[str, torch.Tensor]:
+        """A single unpadded prompt."""
+        return {"input_ids": self.ids[:1]}
+
+    @property
+    def batch(self) -> dict[str, torch.Tensor]:
+        """All four prompts."""
+        return {"input_ids": self.ids, "attention_mask": self.mask}
+
+    def inputs(self, rows: int) -> dict[str, torch.Tensor]:
+        """Return `one` or `batch`."""
+        return self.one if rows == 1 else self.batch
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with stock decoding; greedy unless said otherwise."""
+        return self.model.generate(*args, **{"do_sample": False, **kwargs})
+
+    def ours(self, strategy: str, *args: Any, tokens: int = 3, **kwargs: Any) -> Any:
+        """Generate with a registered strategy or preset under test settings; greedy unless said otherwise."""
+        return generate(self.model, strategy, *args, assistant=self.assistant, tokens=tokens, **kwargs)
+
+
+def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
+    """Return a preset's config with settings that make it speculate on short texts."""
+    config = preset(strategy)
+    changes: dict[str, Any] = {"num_assistant_tokens": tokens}
+    if config.strategy == "vegas":
+        changes |= {"min_context": 0, "min_tokens": 2, "kv_ratio": 0.3}
+    return config.override(**changes)
+
+
+def extras(strategy: str, assistant: PreTrainedModel) -> dict[str, Any]:
+    """Return the keywords that a strategy needs beside its config."""
+    return {"assistant_model": assistant} if strategy_class(strategy.partition(":")[0]).needs_assistant else {}
+
+
+def generate(model: Any, strategy: str, *args: Any, assistant: Any = None, tokens: int = 3, **kwargs: Any) -> Any:
+    """Generate with `model` under a strategy's test settings."""
+    kwargs = {"do_sample": False, **extras(strategy, assistant), **kwargs}
+    return model.generate(*args, assistant_strategy=configured(strategy, tokens), **kwargs)
+
+
+def build(prefix: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Build a random model of the classes `{prefix}Config` and `{prefix}ForCausalLM`."""
+    torch.manual_seed(seed)
+    config_name = "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config"
+    config = getattr(transformers, config_name)(**{**SHAPE, **changes})
+    model_class = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
+    model = getattr(transformers, model_class)(config).double().eval()
+    randomize(model)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def randomize(model: PreTrainedModel) -> None:
+    """Give sinks and biases, which some families initialise to zero, values that matter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not parameter.any() or "sinks" in name:
+                parameter.normal_(0, 0.2)
+
+
+def perturbed(model: PreTrainedModel, noise: float = 0.04, seed: int = 1) -> PreTrainedModel:
+    """Return a copy of `model` with noise on every weight matrix, as a share of the matrix's own spread."""
+    generator = torch.Generator().manual_seed(seed)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1:
+                fresh = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += noise * parameter.std() * fresh
+    return other
+
+
+def prompts(
+    lengths: tuple[int, ...] = LENGTHS, vocab: int = VOCAB, seed: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a left-padded batch of random ids and its mask."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    ids = torch.randint(3, VOCAB, (len(lengths), width), generator=generator)
+    mask = torch.arange(width)[None] >= width - torch.tensor(lengths)[:, None]
+    return ids * mask, mask.long()
+
+
+@functools.cache
+def family(name: str) -> Family:
+    """Return a family's models; they are shared by all tests, which must leave them as they are."""
+    prefix, changes = FAMILIES[name]
+    model = build(prefix, seed=SEEDS.get(name, 0), **changes)
+    if name in SINGLE:
+        model.float()
+    ids, mask = prompts()
+    text = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)[:, ids.shape[1] :]
+    return Family(name, model, perturbed(model), ids, mask, choose_eos(text))
+
+
+def choose_eos(text: torch.Tensor) -> int:
+    """Return a token that ends some row of `text` neither at its start nor with all others."""
+    best, chosen = -1, int(text[0, 10])
+    for token in text.unique().tolist():
+        first = [row.index(token) if token in row else 99 for row in text.tolist()]
+        score = sum(4 <= place < 30 for place in first) - 2 * sum(place < 4 for place in first)
+        if score < len(first) and score > best:
+            best, chosen = score, token
+    return chosen
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of single characters (see `letter`); ids 0 to 2 are special."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = {"[PAD]": 0, "[BOS]": 1, "[UNK]": 2} | {letter(i): i for i in range(3, VOCAB)}
+    inner = Tokenizer(models.BPE(words, [], unk_token="[UNK]"))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", bos_token="[BOS]", unk_token="[UNK]", padding_side="left"
+    )
+
+
+def letter(token: int) -> str:
+    """Return the character of a token of `tokenizer()`."""
+    return (string.ascii_letters + string.digits)[token - 3] if token > 2 else ""
