@@ -38,7 +38,7 @@ def resolve_strategy(strategy: Any, settings: dict[str, Any] | None = None) -> S
     name = strategy.partition(":")[0]
     if name in STRATEGIES:
         config = preset(strategy)
-    elif Path(strategy).is_dir():
+    elif strategy and Path(strategy).is_dir():
         config = SpeculationConfig.from_pretrained(strategy)
     else:
         config = _from_hub(strategy)

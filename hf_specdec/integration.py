@@ -128,13 +128,18 @@ def _requested(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bo
 
 def _generate(original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Resolve the strategy and run stock `generate` with our loop in it."""
+    from .generation import admission
+
     kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
     strategy, settings, explicit = _strategy_of(model, kwargs)
     kwargs.pop("assistant_strategy", None)
     kwargs.pop("assistant_strategy_config", None)
     if strategy == _OFF:
         return original(model, **kwargs)
-    conflicts = _stock_modes(model, kwargs)
+    settings_of_call = _explicit_config(model, kwargs)
+    conflicts = admission.conflicting_modes(settings_of_call)
+    if kwargs.get("custom_generate") is not None:
+        conflicts.append("custom_generate")
     if conflicts and not explicit:
         logger.warning_once(
             f"`assistant_strategy={strategy!r}` of the saved generation config gives way to {', '.join(conflicts)}."
@@ -159,8 +164,10 @@ def _generate(original: Callable[..., Any], model: Any, args: tuple[Any, ...], k
         assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
         settings=settings,
     )
-    if kwargs.get("synced_gpus"):
-        raise ValueError("`synced_gpus=True` is not supported under `assistant_strategy`.")
+    # here as well as in the loop: stock may run an encoder or build a cache before it calls the loop
+    admission.layer_windows(model)
+    admission.check_config(settings_of_call)
+    admission.check_call(model, {}, bool(kwargs.get("synced_gpus")))
     _bind_stop_strings(model, kwargs)
     kwargs.pop("tokenizer", None)
     return original(model, custom_generate=loop, **kwargs)
@@ -197,19 +204,14 @@ def _explicit_value(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     return None
 
 
-def _stock_modes(model: Any, kwargs: dict[str, Any]) -> list[str]:
-    """Return what asks for a stock decoding mode of its own, as `name=value`."""
-    from .generation.admission import conflicting_modes
-
+def _explicit_config(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
+    """Return what the call, its config and the model's set together, without stock's defaults."""
     merged = GenerationConfig()
     for name in vars(merged):
         value = _explicit_value(model, kwargs, name) if not name.startswith("_") else None
         if value is not None:
             setattr(merged, name, value)
-    found = conflicting_modes(merged)
-    if kwargs.get("custom_generate") is not None:
-        found.append("custom_generate")
-    return found
+    return merged
 
 
 def _bind_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:

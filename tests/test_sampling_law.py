@@ -138,9 +138,11 @@ def test_a_wrong_rule_is_found(mutant, monkeypatch):
         )
     elif mutant == "wrong draft law":
         original = acceptance.speculative_sample
-        monkeypatch.setattr(
-            acceptance, "speculative_sample", lambda d, counts, p, q: original(d, counts, p, q.roll(1, dims=-1))
-        )
+
+        def wrong(drafts, counts, target, draft):
+            return original(drafts, counts, target, None if draft is None else draft.roll(1, dims=-1))
+
+        monkeypatch.setattr(acceptance, "speculative_sample", wrong)
     else:
         monkeypatch.setattr(acceptance, "residual_law", lambda target, draft: target)
     numbers, _, _ = sample("assisted", 8, 3, "temperature", seed=11)

@@ -47,17 +47,8 @@ def conflicting_modes(generation_config: GenerationConfig) -> list[str]:
     return found
 
 
-def check_call(
-    model: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool
-) -> None:
-    """Raise `ValueError` for a call that can't run under a strategy.
-
-    Args:
-        model (`PreTrainedModel`): the target.
-        generation_config (`GenerationConfig`): as prepared by `generate()`.
-        model_kwargs (`dict`): what `generate()` would pass to the model.
-        synced_gpus (`bool`): whether ranks must step together.
-    """
+def check_config(generation_config: GenerationConfig) -> None:
+    """Raise `ValueError` for settings of `generate()` that a strategy can't honour."""
     modes = conflicting_modes(generation_config)
     if modes:
         raise ValueError(
@@ -74,8 +65,18 @@ def check_call(
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False):
             raise ValueError(f"`{name}=True` is not available under `assistant_strategy`.")
-    if generation_config.max_length is not None and generation_config.max_new_tokens == 0:
+    if generation_config.max_new_tokens == 0:
         raise ValueError("`max_new_tokens` must be at least 1 under `assistant_strategy`, got 0.")
+
+
+def check_call(model: PreTrainedModel, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
+    """Raise `ValueError` for arguments that can't be honoured under a strategy.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        model_kwargs (`dict`): what `generate()` would pass to the model.
+        synced_gpus (`bool`): whether ranks must step together.
+    """
     if synced_gpus:
         raise ValueError("`synced_gpus=True` (ZeRO-3 or FSDP generation) is not supported under `assistant_strategy`.")
     for name, value in model_kwargs.items():

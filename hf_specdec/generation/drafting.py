@@ -31,7 +31,17 @@ class AssistantDrafter(Drafter):
         self.runner: ModelRunner
 
     def setup(self, state: DecodingState) -> None:
-        """Make the assistant's cache for the active rows."""
+        """Make the assistant's cache for the active rows.
+
+        Raises:
+            ValueError: if an earlier turn's cache was given with the new tokens only. It holds the target's states, so
+                the assistant has to read the whole text.
+        """
+        if state.prompt.past is not None and state.prompt.mask.shape[1] != state.prompt.ids.shape[1]:
+            raise ValueError(
+                "With `assistant_model` and `past_key_values`, give the whole text as `input_ids`, not only what "
+                "is new."
+            )
         capacity = state.max_length + self.limit + 1
         cache = SpeculativeCache(admission.layer_windows(self.model, "assistant_model"), len(state.active), capacity)
         self.runner = ModelRunner(self.model, cache, state.max_length)
@@ -39,20 +49,11 @@ class AssistantDrafter(Drafter):
         state.followers += [cache, self]
 
     def prefill(self, state: DecodingState) -> None:
-        """Read all prompt tokens but the last one with the assistant's own attention.
-
-        An earlier turn's cache holds the target's states only, so the assistant reads the whole text again; it must be
-        given.
-        """
+        """Read all prompt tokens but the last one with the assistant's own attention."""
         ends = [length - 1 for length in (state.prompt.lengths[row] for row in state.active)]
-        if state.prompt.past is not None and state.prompt.mask.shape[1] != state.prompt.ids.shape[1]:
-            raise ValueError(
-                "With `assistant_model` and `past_key_values`, give the whole text as `input_ids`, not only what "
-                "is new."
-            )
         if max(ends):
             tokens = state.text[state.active][:, : max(ends)].to(self.runner.device)
-            self.runner.prefill(tokens, state.generation_config.prefill_chunk_size)
+            self.runner.prefill(tokens, 0, state.generation_config.prefill_chunk_size)
         self.known = ends
         self.runner.cache.set_lengths(ends)
         state.contexts.enter_context(speculative_attention(self.model))

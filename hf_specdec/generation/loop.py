@@ -126,8 +126,9 @@ class DecodingLoop:
         strategy: SpeculationStrategy,
     ) -> tuple[DecodingState, Emitter]:
         """Check the call and build its state; nothing has been computed or changed by then."""
-        admission.check_call(model, generation_config, model_kwargs, synced_gpus)
         windows = admission.layer_windows(model)
+        admission.check_config(generation_config)
+        admission.check_call(model, model_kwargs, synced_gpus)
         if self.assistant_model is not None:
             admission.check_assistant(model, self.assistant_model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])

@@ -78,18 +78,20 @@ class ModelRunner:
             self._checked = True
         return Forward(output.logits, seen[0] if hidden else None)
 
-    def prefill(self, tokens: torch.Tensor, chunk: int | None) -> None:
-        """Fill the first `m` slots of every row with the model's own attention, which must be active.
+    def prefill(self, tokens: torch.Tensor, cached: int, chunk: int | None) -> None:
+        """Fill slots of every row with the model's own attention, which must be active.
 
         Args:
             tokens (`torch.Tensor` of shape `[n, m]`, int64): left-aligned ids; what follows a row's end is overwritten
                 later.
+            cached (`int`): tokens per row that the cache holds already; the others are fed.
             chunk (`int`, *optional*): columns per forward; `None` for all at once.
         """
         self.cache.exact_slices = True
+        width = tokens.shape[1]
         try:
-            for begin in range(0, tokens.shape[1], chunk or max(tokens.shape[1], 1)):
-                part = tokens[:, begin : begin + chunk] if chunk else tokens
+            for begin in range(cached, width, chunk or width):
+                part = tokens[:, begin : min(width, begin + (chunk or width))]
                 step = self.cache.begin(Step([begin] * part.shape[0], part.shape[1], self.device))
                 self.model(
                     input_ids=part.to(self.device),

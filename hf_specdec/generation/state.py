@@ -157,8 +157,8 @@ class DecodingState:
     def prefill(self, **options: Any) -> Forward:
         """Run the active rows' prompts and return the forward over each row's last prompt token, `[n, 1, V]`.
 
-        The model's own attention reads the prompts while all rows start from nothing; rows of an earlier turn's cache
-        are ragged, and read theirs with our attention.
+        The model's own attention reads the prompts if all rows start from equally many cached tokens (none, in a first
+        turn); ragged rows of an earlier turn's cache read theirs with our attention.
         """
         cache = self.target.cache
         lengths = [self.prompt.lengths[row] for row in self.active]
@@ -167,12 +167,14 @@ class DecodingState:
         tokens = self.text[self.active]
         chunk = self.generation_config.prefill_chunk_size
         self.prompt.load_past(cache, self.active)
-        if not any(cached) and max(ends):
-            self.target.prefill(tokens[:, : max(ends)], chunk)
-        cache.set_lengths(cached if any(cached) else ends)
+        cache.set_lengths(cached)
+        level = len(set(cached)) == 1
+        if level and max(ends) > cached[0]:
+            self.target.prefill(tokens[:, : max(ends)], cached[0], chunk)
         self.contexts.enter_context(speculative_attention(self.model))
-        if any(cached) and any(end > begin for begin, end in zip(cached, ends, strict=True)):
+        if not level:
             self.target.extend(tokens, cached, ends, chunk or _EXTEND_CHUNK)
+        cache.set_lengths(ends)
         last = tokens.gather(1, torch.tensor(ends, device=tokens.device)[:, None])
         return self.target.forward(last, ends, **options)
 

@@ -40,7 +40,8 @@ class SpeculationStats:
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     method: dict[str, Any] = field(default_factory=dict)
     timed: bool = False
-    _accepted: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list), repr=False)
+    # per row and step: tokens drafted and accepted, for `forget`
+    _steps: defaultdict[int, list[list[int]]] = field(default_factory=lambda: defaultdict(list), repr=False)
 
     @property
     def acceptance_rate(self) -> float:
@@ -64,22 +65,23 @@ class SpeculationStats:
         for place in range(accepted):
             per_pos[place] += 1
         self.accept_lengths[row].append(emitted)
-        self._accepted[row].append(accepted)
+        self._steps[row].append([drafted, accepted])
 
     def forget(self, row: int, tokens: int) -> None:
         """Take back the newest `tokens` of `row`, which a stopping criterion cut after they had been counted."""
-        lengths, accepted = self.accept_lengths[row], self._accepted[row]
+        lengths, steps = self.accept_lengths[row], self._steps[row]
         while tokens and lengths:
             taken = min(tokens, lengths[-1])
             lengths[-1] -= taken
             tokens -= taken
-            for place in range(lengths[-1], accepted[-1]):
+            for place in range(lengths[-1], steps[-1][1]):
                 self.num_accepted_tokens -= 1
                 self.num_accepted_tokens_per_pos[place] -= 1
-            accepted[-1] = min(accepted[-1], lengths[-1])
-            if not lengths[-1]:
+            steps[-1][1] = min(steps[-1][1], lengths[-1])
+            if not lengths[-1]:  # the whole step lies past the stop
                 lengths.pop()
-                accepted.pop()
+                self.num_drafts -= 1
+                self.num_draft_tokens -= steps.pop()[0]
 
     @contextmanager
     def phase(self, name: str, device: torch.device) -> Iterator[None]:

@@ -1,18 +1,19 @@
 """Our attention and mask functions, registered under one name, and the switch that makes a model use them for a while.
 
-The attention function serves forwards that carry a `specdec_step` keyword. Any other forward reaches it only because
-configs can be shared between models; it then runs the implementation that the config named before.
+The attention function serves forwards that carry a `specdec_step` keyword. Any other forward of the model (by a
+caller's processor or criterion, say) runs the implementation that the config named before.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -152,10 +153,32 @@ def _original(
 
 
 class _Switched(str):
-    """The name `"hf_specdec"` with the name it stands in for, and how many calls use it (configs can be shared)."""
+    """The name `"hf_specdec"`, with the implementation that it stands in for and the switch that put it there."""
 
     original: str
-    users: int
+    switch: _Switch
+
+
+class _Switch:
+    """What one model's switch changed, and how many contexts rely on it; the last one to end changes it back."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.users = 0
+        self.owners: list[tuple[Any, PreTrainedConfig]] = []
+        copies: dict[int, PreTrainedConfig] = {}
+        modules: Iterator[Any] = model.modules()
+        for module in modules:
+            config = module.__dict__.get("config")
+            if isinstance(config, PreTrainedConfig):
+                self.owners.append((module, config))
+                module.config = _switched(config, copies, self)
+
+    def leave(self) -> None:
+        """End one context's use."""
+        self.users -= 1
+        if not self.users:
+            for module, config in self.owners:
+                module.config = config
 
 
 _lock = threading.Lock()
@@ -163,28 +186,34 @@ _lock = threading.Lock()
 
 @contextmanager
 def speculative_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Make `model` use our attention inside the context; afterwards, and after an exception, its own again."""
-    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    """Make `model` use our attention inside the context; afterwards, and after an exception, its own again.
+
+    The model's modules are given copies of their configs that name our attention. The configs themselves stay as they
+    are, because other models, in other threads, may share them. Contexts of one model may overlap.
+    """
     with _lock:
-        for config in configs.values():
-            name = _compat.attention_name(config)
-            if isinstance(name, _Switched):
-                name.users += 1
-                continue
-            switched = _Switched(ATTENTION)
-            switched.original, switched.users = name or "eager", 1
-            switched.before = name  # type: ignore[attr-defined]
-            _compat.set_attention_name(config, switched)
+        name = _compat.attention_name(model.config)
+        switch = name.switch if isinstance(name, _Switched) else _Switch(model)
+        switch.users += 1
     try:
         yield
     finally:
         with _lock:
-            for config in configs.values():
-                name = _compat.attention_name(config)
-                if isinstance(name, _Switched):
-                    name.users -= 1
-                    if not name.users:
-                        _compat.set_attention_name(config, name.before)  # type: ignore[attr-defined]
+            switch.leave()
+
+
+def _switched(config: PreTrainedConfig, copies: dict[int, PreTrainedConfig], switch: _Switch) -> PreTrainedConfig:
+    """Return the one copy of `config` that names our attention, its sub-configs included."""
+    if id(config) not in copies:
+        copied = copies[id(config)] = copy.copy(config)
+        name = _Switched(ATTENTION)
+        name.original, name.switch = _compat.attention_name(config) or "eager", switch
+        _compat.set_attention_name(copied, name)
+        for key in config.sub_configs:
+            inner = getattr(config, key, None)
+            if isinstance(inner, PreTrainedConfig):
+                setattr(copied, key, _switched(inner, copies, switch))
+    return copies[id(config)]
 
 
 def register() -> None:
