@@ -6,7 +6,6 @@ wrapper.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from transformers.utils import logging
 
 from .. import _compat
 from ..configuration import SpeculationConfig
+from ..kernels.dispatch import speculative_attention
 from . import admission
 from .output import Emitter
 from .processors import ProcessorChain
@@ -90,12 +90,10 @@ class DecodingLoop:
         past = model_kwargs.get("past_key_values")
         keep_cache = bool(generation_config.return_dict_in_generate) or getattr(past, "_is_user_defined", False)
         groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
-        with ExitStack() as stack:
-            stack.enter_context(state.contexts)
-            stack.callback(strategy.close, state)
-            finished = [self._decode(strategy, state, emitter, rows, keep_cache) for rows in groups]
-            end = max(state.columns)
-            if keep_cache or emitter.collected:
+        finished = [self._decode(strategy, state, emitter, rows) for rows in groups]
+        end = max(state.columns)
+        if keep_cache or emitter.collected:
+            with speculative_attention(model):
                 for target, order in finished:
                     self._complete(state, emitter, target, order, end)
         if emitter.streamer is not None:
@@ -180,33 +178,38 @@ class DecodingLoop:
         logger.warning_once(f"The strategy {self.config.strategy!r} decodes the rows of a batch in turn.")
 
     def _decode(
-        self, strategy: SpeculationStrategy, state: DecodingState, emitter: Emitter, rows: list[int], keep_cache: bool
+        self, strategy: SpeculationStrategy, state: DecodingState, emitter: Emitter, rows: list[int]
     ) -> tuple[ModelRunner, list[int]]:
         """Decode `rows` together until all are finished; return the runner and the row in each storage slot."""
-        # before `begin` the caches are sized for the call; the block after the last kept token needs room as well
         cache = strategy.make_cache(state, len(rows))
         state.begin(rows, ModelRunner(state.model, cache, state.max_length), emitter.eos)
-        strategy.setup(state)
+        retired: list[int] = []
+        with state.contexts:
+            state.contexts.callback(strategy.close, state)
+            strategy.setup(state)
+            result, count = self._first(strategy, state), False
+            while True:
+                kept = emitter.emit(result, count=count)
+                strategy.commit(state, kept)
+                emitter.advance(rows)
+                for slot in reversed(range(len(state.active))):
+                    if emitter.done[state.active[slot]]:
+                        retired.append(state.active[slot])
+                        state.retire(slot)
+                if not state.active:
+                    # retired rows fill the storage from its end
+                    return state.target, retired[::-1]
+                result, count = strategy.step(state), True
+
+    @staticmethod
+    def _first(strategy: SpeculationStrategy, state: DecodingState) -> StepResult:
+        """Run the prompts and choose each row's first token."""
         with state.timed("prefill"):
             first = strategy.prefill(state)
         scores = state.process(first.logits, state.pending[:, :0])
         tokens, _ = state.choose(scores[:, -1])
-        ones, zeros = [1] * len(rows), [0] * len(rows)
-        result = StepResult(tokens[:, None], ones, zeros, zeros, first.logits[:, -1:], scores[:, -1:])
-        retired: list[int] = []
-        count = False
-        while True:
-            kept = emitter.emit(result, count=count)
-            strategy.commit(state, kept)
-            emitter.advance(rows)
-            for slot in reversed(range(len(state.active))):
-                if emitter.done[state.active[slot]]:
-                    retired.append(state.active[slot])
-                    state.retire(slot)
-            if not state.active:
-                # retired rows fill the storage from its end
-                return state.target, retired[::-1]
-            result, count = strategy.step(state), True
+        ones, zeros = [1] * len(tokens), [0] * len(tokens)
+        return StepResult(tokens[:, None], ones, zeros, zeros, first.logits[:, -1:], scores[:, -1:])
 
     def _complete(
         self, state: DecodingState, emitter: Emitter, target: ModelRunner, order: list[int], end: int

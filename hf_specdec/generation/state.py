@@ -47,7 +47,7 @@ class DecodingState:
         text (`torch.Tensor` of shape `[b, max_length]`, int64): the same by position, without padding.
         columns (`list[int]`): columns that each row has.
         active (`list[int]`): the row in each slot.
-        contexts (`ExitStack`): temporary changes to models; closed when the call ends, also by an exception.
+        contexts (`ExitStack`): temporary changes to models; closed when the active rows end, also by an exception.
     """
 
     def __init__(
