@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig
 
-from hf_specdec.cache.sparse import SparseView, gather_rows
+from hf_specdec.cache.sparse import SparseView, flat_rows, gather_rows
 from hf_specdec.cache.speculative import SpeculativeCache, SpeculativeLayer
 from hf_specdec.kernels.step import Step
 
@@ -464,7 +464,7 @@ def test_gather_rows(per_head, heads):
     storage = torch.randn(2, heads, 11, 4, generator=generator)
     index = torch.randint(0, 11, (2, heads, 5) if per_head else (2, 5), generator=generator)
     out = torch.zeros(2, heads, 9, 4)
-    gather_rows(storage, index, out[:, :, 2:7])  # a slice: any strides
+    gather_rows(storage, flat_rows(index, storage), out[:, :, 2:7])  # a slice: any strides
     for row in range(2):
         for head in range(heads):
             wanted = storage[row, head, index[row, head] if per_head else index[row]]
@@ -475,7 +475,7 @@ def test_gather_rows(per_head, heads):
 def test_gather_rows_from_the_active_rows_of_a_storage():
     storage = torch.randn(4, 2, 9, 3)
     out = torch.zeros(2, 2, 2, 3)
-    gather_rows(storage[:2], torch.tensor([[1, 8], [0, 3]]), out)
+    gather_rows(storage[:2], flat_rows(torch.tensor([[1, 8], [0, 3]]), storage[:2]), out)
     assert torch.equal(out[1, 1], storage[1, 1, [0, 3]])
 
 
