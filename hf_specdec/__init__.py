@@ -15,7 +15,11 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from .configuration import SpeculationConfig
+    from .generation.adapters import unload
     from .generation.assisted import AssistedConfig
+    from .generation.diversed import DiversedConfig
+    from .generation.draft_model import load_draft
+    from .generation.ensemble_head import DiversedHead
     from .generation.loop import DecodingLoop
     from .generation.plain import PlainConfig
     from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "AssistedConfig": "generation.assisted",
     "DecodingLoop": "generation.loop",
+    "DiversedConfig": "generation.diversed",
+    "DiversedHead": "generation.ensemble_head",
     "PlainConfig": "generation.plain",
     "SpeculationConfig": "configuration",
     "SpeculationOutput": "generation.stats",
@@ -33,14 +39,18 @@ _EXPORTS = {
     "VegasConfig": "generation.vegas",
     "decoding_loop": "integration",
     "install": "integration",
+    "load_draft": "generation.draft_model",
     "on_speculation": "generation.stats",
     "save_strategy": "hub",
     "uninstall": "integration",
+    "unload": "generation.adapters",
 }
 
 __all__ = [
     "AssistedConfig",
     "DecodingLoop",
+    "DiversedConfig",
+    "DiversedHead",
     "PlainConfig",
     "SpeculationConfig",
     "SpeculationOutput",
@@ -48,9 +58,11 @@ __all__ = [
     "VegasConfig",
     "decoding_loop",
     "install",
+    "load_draft",
     "on_speculation",
     "save_strategy",
     "uninstall",
+    "unload",
 ]
 
 

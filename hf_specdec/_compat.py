@@ -70,3 +70,20 @@ def for_rows(processor: LogitsProcessor, rows: set[int]) -> LogitsProcessor:
         return processor
     allowed = processor._prefix_allowed_tokens_fn  # private in 5.17 to 5.23; the only way to the caller's function
     return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(row, ids) if row in rows else [0], 1)
+
+
+_ASSISTANT_DEFAULTS = {
+    "num_assistant_tokens": 20,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.4,
+}
+
+
+def is_filled_in(generation_config: Any, name: str) -> bool:
+    """Whether stock, not the caller, gave `generation_config` its value of the assistant's field `name`.
+
+    The `pipeline()` of 5.17 hands over a config with stock's defaults in it; all of them together say so.
+    """
+    if name not in _ASSISTANT_DEFAULTS:
+        return False
+    return all(getattr(generation_config, key, None) == value for key, value in _ASSISTANT_DEFAULTS.items())

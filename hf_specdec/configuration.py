@@ -18,6 +18,9 @@ from . import __version__
 CONFIG_NAME = "specdec_config.json"
 """File name of a saved config, in a folder or a Hub repository."""
 
+ADAPTER_NAME = "specdec_adapter.safetensors"
+"""File name of the tensors of an adapter, beside its config."""
+
 logger = logging.get_logger(__name__)
 ConfigType = TypeVar("ConfigType", bound="SpeculationConfig")
 
@@ -54,6 +57,11 @@ class SpeculationConfig:
         """Whether the output's law is the model's own under these settings."""
         return True
 
+    @property
+    def brings_drafter(self) -> bool:
+        """Whether these settings name what drafts, so that a method that drafts with an assistant needs none."""
+        return False
+
     def override(self: ConfigType, **changes: Any) -> ConfigType:
         """Return a copy with `changes`, validated like a new config."""
         return replace(self, **changes)
@@ -61,6 +69,7 @@ class SpeculationConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a JSON-safe dictionary that also names the strategy and the library's version."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {key: v.to_dict() if isinstance(v, SpeculationConfig) else v for key, v in values.items()}
         return {"strategy": self.strategy, "hf_specdec_version": __version__, **values}
 
     @classmethod
@@ -92,7 +101,10 @@ class SpeculationConfig:
             )
         if unknown:
             logger.warning(f"{cls.__name__}: ignoring {', '.join(unknown)}, written by hf_specdec {version}.")
-        return cls(**{key: value for key, value in values.items() if key in known})
+        nested: dict[str, Any] = {
+            key: SpeculationConfig.from_dict(v) if isinstance(v, dict) else v for key, v in values.items()
+        }
+        return cls(**{key: value for key, value in nested.items() if key in known})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the settings to `folder/specdec_config.json`, making the folder where needed."""
@@ -126,6 +138,10 @@ class SpeculationConfig:
             raise ValueError(f"{str(path)!r} is not JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(values).__name__}.")
+        if isinstance(values.get("adapter"), dict):  # the record of an adapter that lies beside this file
+            if not folder.is_dir():
+                hf_hub_download(str(name_or_path), ADAPTER_NAME, **hub_kwargs)
+            values["adapter"] = str(path.parent)
         return cls.from_dict(values)
 
     def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
+from . import _compat
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,7 +201,7 @@ def _explicit_value(model: Any, kwargs: dict[str, Any], name: str) -> Any:
     if kwargs.get(name) is not None:
         return kwargs[name]
     for source in (kwargs.get("generation_config"), getattr(model, "generation_config", None)):
-        if getattr(source, name, None) is not None:
+        if getattr(source, name, None) is not None and not _compat.is_filled_in(source, name):
             return getattr(source, name)
     return None
 

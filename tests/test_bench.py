@@ -142,9 +142,9 @@ def test_the_command_lists_strategies_and_refuses_bad_numbers(monkeypatch, capsy
 
 def test_prompt_files_are_checked_line_by_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"turns": ["one", "two"]}\n\n{"prompt": "three"}\n', encoding="utf-8")
-    assert load_prompts(path) == [["one", "two"], ["three"]]
-    for text in ('{"turns": []}', "{", '{"question": "x"}', ""):
+    path.write_text('{"turns": ["one", "two"]}\n\n{"prompt": "three"}\n{"question": "four"}\n')
+    assert load_prompts(path) == [["one", "two"], ["three"], ["four"]]
+    for text in ('{"turns": []}', "{", '{"answer": "x"}', ""):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="prompts.jsonl"):
             load_prompts(path)

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from .. import __version__
+from ..generation.registry import strategy_class
 from ..generation.stats import SpeculationStats, on_speculation
 from ..hub import resolve_strategy
 
@@ -99,7 +100,8 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
 
     Args:
         name (`str`): a stock arm (`default`, `static`, `prompt_lookup`, `stock_assisted`) or anything that
-            `assistant_strategy` takes. `name@key=value,key=value` changes fields of the strategy's config.
+            `assistant_strategy` takes. `name@key=value,key=value` changes fields of the strategy's config, and of the
+            assistant's generation config for `stock_assisted`.
         assistant (`PreTrainedModel`, *optional*): for the arms that need one.
 
     Raises:
@@ -110,14 +112,25 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     if name == "prompt_lookup":
         return Arm(name, {"prompt_lookup_num_tokens": 10})
     strategy, _, changes = name.partition("@")
-    needs = name == "stock_assisted" or strategy == "assisted"
+    settings = {key: _value(text) for key, _, text in (part.partition("=") for part in changes.split(",") if part)}
+    config = None if strategy == "stock_assisted" else resolve_strategy(strategy, settings)
+    needs = config is None or (strategy_class(config.strategy).needs_assistant and not config.brings_drafter)
     if needs and assistant is None:
         raise ValueError(f"The arm {name!r} needs a second model: give `--assistant FOLDER`.")
-    if name == "stock_assisted":
-        return Arm(name, {"assistant_model": assistant})
-    settings = {key: _value(text) for key, _, text in (part.partition("=") for part in changes.split(",") if part)}
-    config = resolve_strategy(strategy, settings)
+    if config is None:
+        return Arm(name, {"assistant_model": _stock_assistant(assistant, settings)})
     return Arm(name, {"assistant_strategy": config, **({"assistant_model": assistant} if needs else {})})
+
+
+def _stock_assistant(assistant: PreTrainedModel | None, settings: dict[str, Any]) -> PreTrainedModel:
+    """Return the assistant with other values in its generation config, where stock looks for them."""
+    assistant = copy.copy(cast(PreTrainedModel, assistant))  # a shallow copy: the same modules
+    assistant.generation_config = copy.deepcopy(assistant.generation_config)
+    for name, value in settings.items():
+        if not hasattr(assistant.generation_config, name):
+            raise ValueError(f"GenerationConfig has no field {name!r}, so the arm `stock_assisted` can't set it.")
+        setattr(assistant.generation_config, name, value)
+    return assistant
 
 
 def _value(text: str) -> Any:
@@ -149,6 +162,7 @@ def measure(
     new_tokens: int,
     repeats: int,
     progress: Callable[[str], None] = lambda _: None,
+    warm_up: bool = True,
 ) -> list[Measurement]:
     """Time the arms on the prompts `ids` `[b, T]`, greedily, EOS ignored so that all decode the same number of tokens.
 
@@ -157,8 +171,9 @@ def measure(
         ids (`torch.Tensor` of shape `[b, T]`, int64): prompts of equal length.
         arms (`list[Arm]`): ways of decoding; stock arms that are limited to one row are skipped for more.
         new_tokens (`int`): tokens per row.
-        repeats (`int`): timed runs of each arm, in turn; one run before them is not timed.
+        repeats (`int`): timed runs of each arm, in turn.
         progress (`Callable[[str], None]`, *optional*): called with the arm's name after each run.
+        warm_up (`bool`, *optional*, defaults to `True`): run each arm once before, untimed.
 
     Raises:
         ValueError: for fewer than 2 new tokens, or less than 1 repeat.
@@ -166,11 +181,11 @@ def measure(
     if new_tokens < 2 or repeats < 1:
         raise ValueError(f"`new_tokens` must be at least 2 and `repeats` at least 1, got {new_tokens} and {repeats}.")
     cache, _ = prefill(model, ids)
-    arms = [arm for arm in arms if ids.shape[0] == 1 or arm.name not in _STOCK_SPECULATIVE]
+    arms = [arm for arm in arms if ids.shape[0] == 1 or arm.name.partition("@")[0] not in _STOCK_SPECULATIVE]
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     stats: dict[str, list[SpeculationStats]] = {arm.name: [] for arm in arms}
     texts: dict[str, torch.Tensor] = {}
-    for repeat in range(repeats + 1):
+    for repeat in range(0 if warm_up else 1, repeats + 1):
         for arm in arms:
             clock = _Clock()
             with on_speculation(stats[arm.name].append, timings=True):
@@ -189,7 +204,8 @@ def measure(
             if repeat:
                 seconds[arm.name].append(clock.decoding)
             progress(arm.name)
-    found = [_summarise(arm, ids, new_tokens, seconds[arm.name], stats[arm.name], texts) for arm in arms]
+    timed = {name: runs[1:] if warm_up else runs for name, runs in stats.items()}
+    found = [_summarise(arm, ids, new_tokens, seconds[arm.name], timed[arm.name], texts) for arm in arms]
     plain = next((m for m in found if m.name == "plain"), None)
     for m in found:
         if plain is not None and m.draft_ms is not None and m.verify_ms is not None and m.tokens_per_step is not None:
@@ -202,6 +218,33 @@ def _rounds(m: Measurement, stats: SpeculationStats) -> float:
     """Return the milliseconds of an average round by its parts."""
     drafts = stats.draft_forwards / max(stats.target_forwards, 1)
     return drafts * (m.draft_ms or 0.0) + (m.verify_ms or 0.0)
+
+
+def merge(groups: Sequence[Sequence[Measurement]]) -> list[Measurement]:
+    """Return one measurement per arm for groups of prompts that were measured with the same arms and sizes.
+
+    Times are means over the groups, so that every token counts alike; `repeats` holds a value per group, and
+    `context` is the mean.
+    """
+    merged = []
+    for found in zip(*groups, strict=True):
+        first = found[0]
+        mean = {name: _mean([getattr(m, name) for m in found]) for name in _MEANS}
+        mean["tokens_per_second"] = 1000 * first.batch / (mean["ms_per_token"] or 1)
+        steps = [1 / m.tokens_per_step for m in found if m.tokens_per_step]
+        mean["tokens_per_step"] = len(steps) / sum(steps) if steps else None
+        context = round(statistics.mean(m.context for m in found))
+        repeats = [m.ms_per_token for m in found]
+        merged.append(replace(first, context=context, repeats=repeats, **cast("dict[str, Any]", mean)))
+    return merged
+
+
+_MEANS = ("ms_per_token", "acceptance", "draft_ms", "verify_ms", "select_ms", "modelled", "same_tokens")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    real = [value for value in values if value is not None]
+    return statistics.mean(real) if real else None
 
 
 def _start(model: PreTrainedModel, cache: DynamicCache, capacity: int, static: bool) -> Cache:
@@ -228,13 +271,12 @@ def _summarise(
     result = Measurement(arm.name, context, batch, new_tokens, 1000 * batch / middle, middle, per_column)
     if "default" in texts:
         result.same_tokens = _agreement(texts[arm.name], texts["default"])
-    timed = runs[1:]
-    if timed and timed[-1].num_draft_tokens:
-        last = timed[-1]
+    if runs and runs[-1].num_draft_tokens:
+        last = runs[-1]
         result.tokens_per_step, result.acceptance = last.mean_tokens_per_step, last.acceptance_rate
-        result.draft_ms = statistics.median(1000 * s.seconds["draft"] / s.draft_forwards for s in timed)
-        result.verify_ms = statistics.median(1000 * s.seconds["verify"] / s.target_forwards for s in timed)
-        result.select_ms = statistics.median(1000 * s.seconds.get("select", 0.0) / s.target_forwards for s in timed)
+        result.draft_ms = statistics.median(1000 * s.seconds["draft"] / s.draft_forwards for s in runs)
+        result.verify_ms = statistics.median(1000 * s.seconds["verify"] / s.target_forwards for s in runs)
+        result.select_ms = statistics.median(1000 * s.seconds.get("select", 0.0) / s.target_forwards for s in runs)
     return result
 
 

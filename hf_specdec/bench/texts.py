@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat_ids", "load_prompts", "long_batch", "long_prompt", "long_text"]
 
+_ONE_MESSAGE = ("prompt", "question", "text")
 QUESTION = "Summarise the text above: explain its main points one after the other, in full sentences."
 
 
@@ -77,7 +78,8 @@ def long_batch(tokenizer: PreTrainedTokenizerBase, tokens: int, batch: int, offs
 
 
 def load_prompts(path: str | PathLike[str]) -> list[list[str]]:
-    """Read prompts from a JSONL file: each line an object with `turns` (a list of messages) or `prompt` (one message).
+    """Read prompts from a JSONL file: each line an object with `turns` (a list of messages), or `prompt`,
+    `question` or `text` (one message).
 
     Args:
         path (`str` or `os.PathLike`):
@@ -107,11 +109,12 @@ def _turns(line: str, where: str) -> list[str]:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object, got {type(record).__name__}.")
     if "turns" in record:
-        turns, field = record["turns"], "turns"
-    elif "prompt" in record:
-        turns, field = [record["prompt"]], "prompt"
+        field, turns = "turns", record["turns"]
     else:
-        raise ValueError(f"{where}: expected a field `turns` or `prompt`, got {sorted(record)}.")
+        field = next((name for name in _ONE_MESSAGE if name in record), "")
+        if not field:
+            raise ValueError(f"{where}: expected a field turns, {', '.join(_ONE_MESSAGE)}, got {sorted(record)}.")
+        turns = [record[field]]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
         allowed = "a list of non-empty strings" if field == "turns" else "a non-empty string"
         raise ValueError(f"{where}: `{field}` must be {allowed}, got {record[field]!r}.")

@@ -86,6 +86,54 @@ def residual_law(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
     return torch.where(mass > 1e-12, rest / mass.clamp(min=1e-12), target)
 
 
+def accept_drafts(
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    target: torch.Tensor,
+    draft: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return how many leading drafts of each row stay `[n]`, by uniforms from torch's global generator.
+
+    The arguments are those of `speculative_sample`.
+    """
+    chance = acceptance_probability(drafts, target, draft, weight)
+    # float64 uniforms: in float32 an exact 0 would accept an impossible token once in 2**24 draws
+    keep = torch.rand(drafts.shape, dtype=torch.float64, device=drafts.device) < chance
+    return _leading(keep, counts)
+
+
+def draw_next(
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    accepted: torch.Tensor,
+    target: torch.Tensor,
+    draft: torch.Tensor | None,
+) -> Verdict:
+    """Draw the token after the accepted drafts: from the residual after a refusal, else from `target`.
+
+    Args:
+        accepted (`torch.Tensor` of shape `[n]`, int64): as returned by `accept_drafts`; the other arguments are those
+            of `speculative_sample`.
+    """
+    columns = drafts.shape[1]
+    law = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[-1]))[:, 0]
+    refused = accepted < counts
+    if draft is None:
+        proposal = torch.zeros_like(law)
+        if columns:
+            proposal.scatter_(1, drafts.gather(1, accepted.clamp(max=columns - 1)[:, None]), 1.0)
+        use = refused
+    elif draft.shape[1]:
+        index = accepted.clamp(max=draft.shape[1] - 1)
+        proposal = draft.gather(1, index[:, None, None].expand(-1, 1, draft.shape[-1]))[:, 0]
+        use = refused if draft.shape[1] == columns else torch.ones_like(refused)
+    else:
+        proposal, use = torch.zeros_like(law), refused
+    law = torch.where(use[:, None], residual_law(law, proposal), law)
+    return _assemble(drafts, accepted, torch.multinomial(law, 1)[:, 0])
+
+
 def speculative_sample(
     drafts: torch.Tensor,
     counts: torch.Tensor,
@@ -104,21 +152,4 @@ def speculative_sample(
             nothing there.
         weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
     """
-    columns = drafts.shape[1]
-    chance = acceptance_probability(drafts, target, draft, weight)
-    # float64 uniforms: in float32 an exact 0 would accept an impossible token once in 2**24 draws
-    keep = torch.rand(drafts.shape, dtype=torch.float64, device=drafts.device) < chance
-    accepted = _leading(keep, counts)
-    law = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[-1]))[:, 0]
-    refused = accepted < counts
-    if draft is None:
-        proposal = torch.zeros_like(law)
-        if columns:
-            proposal.scatter_(1, drafts.gather(1, accepted.clamp(max=columns - 1)[:, None]), 1.0)
-        use = refused
-    else:
-        index = accepted.clamp(max=draft.shape[1] - 1)
-        proposal = draft.gather(1, index[:, None, None].expand(-1, 1, draft.shape[-1]))[:, 0]
-        use = refused if draft.shape[1] == columns else torch.ones_like(refused)
-    law = torch.where(use[:, None], residual_law(law, proposal), law)
-    return _assemble(drafts, accepted, torch.multinomial(law, 1)[:, 0])
+    return draw_next(drafts, counts, accept_drafts(drafts, counts, target, draft, weight), target, draft)

@@ -6,8 +6,7 @@ Verifies  losslessly: by equality (greedy) or by speculative sampling with the t
 Trained   the assistant, by somebody.
 Paper     https://arxiv.org/abs/2211.17192
 New here  batches of ragged rows, `num_return_sequences`, criteria that cut at the exact token, and statistics; stock
-assisted
-          decoding takes one row, and its processors run about ten times as often.
+          assisted decoding takes one row, and its processors run about ten times as often.
 """
 
 from __future__ import annotations
@@ -28,9 +27,18 @@ class AssistedConfig(SpeculationConfig):
 
     Args:
         num_assistant_tokens (`int`, *optional*, defaults to 5): draft tokens per round and row.
+        adapter (`str`, *optional*): folder or Hub repository of a draft model that was cut from the target, instead of
+            `assistant_model`; see `hf_specdec.load_draft`.
     """
 
     strategy = "assisted"
+
+    adapter: str | None = None
+
+    @property
+    def brings_drafter(self) -> bool:
+        """Whether a draft model is named."""
+        return self.adapter is not None
 
 
 class AssistedStrategy(SpeculationStrategy):
@@ -39,7 +47,11 @@ class AssistedStrategy(SpeculationStrategy):
     config_class = AssistedConfig
     paper = "https://arxiv.org/abs/2211.17192"
     needs_assistant = True
+    config: AssistedConfig
 
     def make_drafter(self) -> Drafter:
         """Return the assistant's drafter."""
-        return AssistantDrafter(cast(PreTrainedModel, self.assistant_model), self.config.num_assistant_tokens)
+        if self.config.adapter is not None and self.assistant_model is not None:
+            raise ValueError("`assistant_model` and `adapter` both name a draft model; give one of them.")
+        source = self.config.adapter or self.assistant_model
+        return AssistantDrafter(cast("PreTrainedModel | str", source), self.config.num_assistant_tokens)

@@ -8,27 +8,35 @@ from transformers import PreTrainedModel
 from ..cache.speculative import SpeculativeCache
 from ..kernels.dispatch import speculative_attention
 from . import admission
+from .draft_model import load_draft
 from .runner import ModelRunner
 from .state import DecodingState
 from .strategy import Draft, Drafter
+from .vocabulary import pad_vocabulary, vocabulary_width
 
 
 class AssistantDrafter(Drafter):
     """Drafts with `model`, which must share the target's vocabulary (unequal padding of the embedding is allowed).
 
     Args:
-        model (`PreTrainedModel`): the assistant.
+        model (`PreTrainedModel` or `str`): the assistant, or where one is saved that was cut from the target.
         num_assistant_tokens (`int`): draft tokens per round at most.
-        hidden (`bool`, *optional*, defaults to `False`): keep the assistant's LM head input at each draft token.
     """
 
     gives_hidden = True
+    looks_ahead = True
 
-    def __init__(self, model: PreTrainedModel, num_assistant_tokens: int, hidden: bool = False) -> None:
-        self.model, self.limit, self.hidden = model, num_assistant_tokens, hidden
+    def __init__(self, model: PreTrainedModel | str, num_assistant_tokens: int) -> None:
+        self.source, self.limit = model, num_assistant_tokens
         # per slot: tokens whose keys and values the assistant's cache holds, during a round draft tokens included
         self.known: list[int] = []
+        self.model: PreTrainedModel
         self.runner: ModelRunner
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Load the assistant where it has to be, and check that it can draft for `model`."""
+        self.model = load_draft(model, self.source) if isinstance(self.source, str) else self.source
+        admission.check_assistant(model, self.model)
 
     def setup(self, state: DecodingState) -> None:
         """Make the assistant's cache for the active rows.
@@ -45,7 +53,7 @@ class AssistantDrafter(Drafter):
         capacity = state.max_length + self.limit + 1
         cache = SpeculativeCache(admission.layer_windows(self.model, "assistant_model"), len(state.active), capacity)
         self.runner = ModelRunner(self.model, cache, state.max_length)
-        self.width = state.model.get_output_embeddings().weight.shape[0]
+        self.width = vocabulary_width(state.model)
         state.followers += [cache, self]
 
     def prefill(self, state: DecodingState) -> None:
@@ -64,12 +72,8 @@ class AssistantDrafter(Drafter):
         length = max(counts)
         if not length:
             return Draft.empty(state)
-        committed = state.committed
-        # one width for all rows, ending at the pending token: a row that lacks less reads some tokens again
-        width = max(count - known for count, known in zip(committed, self.known, strict=False))
-        tokens = state.tail(width)
-        starts = [count - width for count in committed]
         drafts = state.pending[:, :0]
+        tokens, starts = self._unread(state, drafts, [0] * len(counts))
         laws, states = [], []
         for _ in range(length):
             state.stats.draft_forwards += 1
@@ -88,6 +92,31 @@ class AssistantDrafter(Drafter):
             drafts, counts, torch.stack(laws, dim=1) if laws else None, torch.stack(states, dim=1) if states else None
         )
 
+    def _unread(self, state: DecodingState, drafts: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """Return what the cache lacks of the text and each row's first `counts[i]` drafts, and where it starts.
+
+        All rows get one width, ending at their last token: a row that lacks less reads some tokens again.
+        """
+        ends = [length + count for length, count in zip(state.committed, counts, strict=True)]
+        width = max(end - min(known, end - 1) for end, known in zip(ends, self.known, strict=False))
+        text = torch.cat([state.tail(width), drafts], dim=1)
+        places = torch.tensor(counts, device=text.device)[:, None] + torch.arange(width, device=text.device)
+        return text.gather(1, places), [end - width for end in ends]
+
+    def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read each row's last draft too, and return the law of what would follow."""
+        state.stats.draft_forwards += 1
+        tokens, starts = self._unread(state, draft.tokens, draft.counts)
+        output = self.runner.forward(tokens, starts, hidden=self.hidden)
+        logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
+        ends = [start + tokens.shape[1] for start in starts]
+        self.known = [max(known, end) for known, end in zip(self.known, ends, strict=False)]
+        laws = torch.empty(logits.shape, device=logits.device)
+        for count in set(draft.counts):
+            rows = [row for row, drafted in enumerate(draft.counts) if drafted == count]
+            laws[rows] = state.law(state.process_next(logits, draft.tokens[:, :count])[rows])
+        return laws, None if output.hidden is None else output.hidden[:, -1]
+
     def commit(self, state: DecodingState) -> None:
         """Keep what both the cache and the text have: not the newest token, nor a last draft token, never fed."""
         # rows that have finished are the last of the list, and fall out
@@ -97,11 +126,3 @@ class AssistantDrafter(Drafter):
     def swap(self, i: int, j: int) -> None:
         """Exchange the slots i and j."""
         self.known[i], self.known[j] = self.known[j], self.known[i]
-
-
-def pad_vocabulary(logits: torch.Tensor, width: int) -> torch.Tensor:
-    """Return `logits` `[..., V_d]` at the target's width: padding rows dropped, missing ones -inf."""
-    missing = width - logits.shape[-1]
-    if missing > 0:
-        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
-    return logits[..., :width]

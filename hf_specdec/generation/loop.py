@@ -23,7 +23,7 @@ from .registry import strategy_class
 from .runner import ModelRunner
 from .state import DecodingState
 from .stats import SpeculationOutput, SpeculationStats, report, timings_wanted
-from .strategy import SpeculationStrategy, StepResult
+from .strategy import Draft, SpeculationStrategy
 
 
 logger = logging.get_logger(__name__)
@@ -127,8 +127,7 @@ class DecodingLoop:
         windows = admission.layer_windows(model)
         admission.check_config(generation_config)
         admission.check_call(model, model_kwargs, synced_gpus)
-        if self.assistant_model is not None:
-            admission.check_assistant(model, self.assistant_model)
+        strategy.prepare(model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])
         width = _compat.cached_mask_length(generation_config)
         prompt = Prompt.read(input_ids, model_kwargs.get("attention_mask"), past, width)
@@ -187,7 +186,10 @@ class DecodingLoop:
         with state.contexts:
             state.contexts.callback(strategy.close, state)
             strategy.setup(state)
-            result, count = self._first(strategy, state), False
+            with state.timed("prefill"):
+                first = strategy.prefill(state)
+            # the first token is what follows a round without drafts
+            result, count = strategy.accept(state, Draft.empty(state), first), False
             while True:
                 kept = emitter.emit(result, count=count)
                 strategy.commit(state, kept)
@@ -200,16 +202,6 @@ class DecodingLoop:
                     # retired rows fill the storage from its end
                     return state.target, retired[::-1]
                 result, count = strategy.step(state), True
-
-    @staticmethod
-    def _first(strategy: SpeculationStrategy, state: DecodingState) -> StepResult:
-        """Run the prompts and choose each row's first token."""
-        with state.timed("prefill"):
-            first = strategy.prefill(state)
-        scores = state.process(first.logits, state.pending[:, :0])
-        tokens, _ = state.choose(scores[:, -1])
-        ones, zeros = [1] * len(tokens), [0] * len(tokens)
-        return StepResult(tokens[:, None], ones, zeros, zeros, first.logits[:, -1:], scores[:, -1:])
 
     def _complete(
         self, state: DecodingState, emitter: Emitter, target: ModelRunner, order: list[int], end: int

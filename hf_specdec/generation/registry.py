@@ -15,6 +15,7 @@ STRATEGIES = {
     "plain": "plain:PlainStrategy",
     "assisted": "assisted:AssistedStrategy",
     "vegas": "vegas:VegasStrategy",
+    "diversed": "diversed:DiversedStrategy",
 }
 """Strategy name to `module:class` inside `hf_specdec.generation`."""
 

@@ -59,7 +59,7 @@ class ModelRunner:
         """
         step = self.cache.begin(Step(starts, tokens.shape[1], self.device, **options))
         positions = step.slots_on(self.device).clamp(max=self.last_position)
-        with _head_input(self.model, hidden) as seen:
+        with head_input(self.model, hidden) as seen:
             output = self.model(
                 input_ids=tokens.to(self.device),
                 position_ids=positions,
@@ -120,7 +120,7 @@ class ModelRunner:
 
 
 @contextmanager
-def _head_input(model: PreTrainedModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
+def head_input(model: PreTrainedModel, wanted: bool) -> Iterator[list[torch.Tensor]]:
     """Collect what enters the LM head inside the context; exact for every family, and nothing else is kept."""
     seen: list[torch.Tensor] = []
     if not wanted:

@@ -73,7 +73,14 @@ class Drafter:
 
     law: ClassVar[str] = "dense"  # "dense" (a full law per token), "sub" (mass below 1) or "point"
     gives_hidden: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
     needs_target_pass_every_round: ClassVar[bool] = False
+
+    hidden: bool = False
+    """Whether drafts keep their hidden states; only where `gives_hidden`."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Load what drafting for `model` needs, and raise `ValueError` for what doesn't fit; runs no forward."""
 
     def setup(self, state: DecodingState) -> None:
         """Prepare for the active rows, whose prompts have not been run yet."""
@@ -87,6 +94,13 @@ class Drafter:
 
     def propose(self, state: DecodingState) -> Draft:
         """Return drafts for the active rows."""
+        raise NotImplementedError
+
+    def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the drafter's law `[n, V]` after the last real draft of each row, and the hidden state `[n, H]`.
+
+        Only where `looks_ahead`; it runs one more draft forward.
+        """
         raise NotImplementedError
 
     def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
@@ -108,7 +122,8 @@ class SpeculationStrategy:
 
     Args:
         config (`SpeculationConfig`): validated settings.
-        assistant_model (`PreTrainedModel`, *optional*): given exactly when `needs_assistant`.
+        assistant_model (`PreTrainedModel`, *optional*): given only when `needs_assistant`, and then unless the
+            settings bring what drafts.
     """
 
     config_class: ClassVar[type[SpeculationConfig]] = SpeculationConfig
@@ -116,11 +131,13 @@ class SpeculationStrategy:
     needs_assistant: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
     batched: ClassVar[bool] = True  # False: the loop decodes the rows in turn
+    hidden: bool = False
+    """Whether the target's forwards return the LM head's input."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
 
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
         name = config.strategy
-        if self.needs_assistant and assistant_model is None:
+        if self.needs_assistant and assistant_model is None and not config.brings_drafter:
             raise ValueError(f"The strategy {name!r} drafts with a second model: pass `assistant_model=`.")
         if assistant_model is not None and not self.needs_assistant:
             raise ValueError(
@@ -140,6 +157,11 @@ class SpeculationStrategy:
         """Return the drafter, `None` for a strategy that has none."""
         return None
 
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Load adapters for `model`, and raise `ValueError` for what doesn't fit it; runs no forward."""
+        if self.drafter is not None:
+            self.drafter.prepare(model)
+
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return the target's storage for `rows` rows."""
         capacity = state.max_length + self.config.num_assistant_tokens + 1
@@ -153,7 +175,7 @@ class SpeculationStrategy:
     def prefill(self, state: DecodingState) -> Forward:
         """Run the active rows' prompts and return the forward over each row's last prompt token (`m = 1`)."""
         options = {} if self.drafter is None else self.drafter.prefill_kwargs(state)
-        first = state.prefill(**options)
+        first = state.prefill(hidden=self.hidden, **options)
         if self.drafter is not None:
             self.drafter.prefill(state)
         return first
@@ -165,7 +187,7 @@ class SpeculationStrategy:
     def verify(self, state: DecodingState, draft: Draft) -> Forward:
         """Run the target over each row's pending token and drafts; logits `[n, k + 1, V]`."""
         options = {} if self.drafter is None else self.drafter.verify_kwargs(state, draft)
-        return state.forward(torch.cat([state.pending, draft.tokens], dim=1), **options)
+        return state.forward(torch.cat([state.pending, draft.tokens], dim=1), hidden=self.hidden, **options)
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""

@@ -1,0 +1,157 @@
+"""Adapters: what a strategy has learned for one model. A folder holds `specdec_config.json` and the tensors.
+
+The config file carries the strategy's settings and, under `"adapter"`, a record of what the tensors are: their kind,
+the format's version, and the models they were made for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from ..configuration import ADAPTER_NAME, CONFIG_NAME, SpeculationConfig
+
+
+FORMAT_VERSION = 1
+
+Built = TypeVar("Built")
+
+
+@dataclass
+class Adapter:
+    """A loaded adapter.
+
+    Args:
+        record (`dict`): what the config file says of it under `"adapter"`.
+        tensors (`dict[str, torch.Tensor]`): its tensors, on the CPU.
+        folder (`Path`): where it was read from.
+    """
+
+    record: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    folder: Path
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what an adapter notes of a model that it was made for.
+
+    The fingerprint is the length of 16 rows of the embedding, spread over the vocabulary: equal for any floating type
+    of the same weights, different for another model.
+    """
+    config = model.config.get_text_config(decoder=True)
+    weight: Any = model.get_input_embeddings().weight
+    rows = torch.linspace(0, weight.shape[0] - 1, 16, device=weight.device).long()
+    return {
+        "name": Path(name).name if Path(name := str(model.config._name_or_path)).is_dir() else name,
+        "model_type": model.config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "fingerprint": [round(length, 4) for length in weight[rows].detach().float().norm(dim=1).tolist()],
+    }
+
+
+def check_model(model: PreTrainedModel, noted: dict[str, Any], folder: Path, role: str) -> None:
+    """Raise `ValueError` unless `model` is the one that an adapter was made for.
+
+    Args:
+        model (`PreTrainedModel`): the model at hand.
+        noted (`dict`): what `describe` returned when the adapter was made.
+        folder (`Path`): of the adapter, for the message.
+        role (`str`): of the model, for the message: `"model"` or `"assistant_model"`.
+    """
+    found = describe(model)
+    for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
+        if found[key] != noted[key]:
+            raise ValueError(
+                f"The adapter in {str(folder)!r} was made for a `{role}` with {key} {noted[key]!r} "
+                f"({noted['name']}), but this one has {found[key]!r} ({found['name']})."
+            )
+    same = torch.allclose(torch.tensor(found["fingerprint"]), torch.tensor(noted["fingerprint"]), rtol=0.02)
+    if not same:
+        raise ValueError(
+            f"The adapter in {str(folder)!r} was made for another `{role}` of the same shape ({noted['name']}): the "
+            f"embeddings of {found['name']!r} differ."
+        )
+
+
+def write_adapter(
+    folder: str | Path, config: SpeculationConfig, record: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write an adapter that `assistant_strategy=folder` takes.
+
+    Args:
+        folder (`str` or `Path`): made where needed.
+        config (`SpeculationConfig`): the settings to use it with; its class has a field `adapter`.
+        record (`dict`): at least `kind`; the format's version is added.
+        tensors (`dict[str, torch.Tensor]`): what to store.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    values = {**config.to_dict(), "adapter": {"format_version": FORMAT_VERSION, **record}}
+    (path / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    save_file(
+        {name: value.contiguous().cpu() for name, value in tensors.items()}, path / ADAPTER_NAME, {"format": "pt"}
+    )
+
+
+def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
+    """Load an adapter from a folder or a Hub repository.
+
+    Raises:
+        FileNotFoundError: if the folder lacks one of the two files.
+        ValueError: for an adapter of another kind, or a format that this release doesn't know.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        if str(name_or_path).count("/") != 1:
+            raise FileNotFoundError(f"`adapter={str(name_or_path)!r}` is neither a folder nor a Hub repository.")
+        folder = Path(hf_hub_download(str(name_or_path), CONFIG_NAME)).parent
+        hf_hub_download(str(name_or_path), ADAPTER_NAME)
+    for name in (CONFIG_NAME, ADAPTER_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {name}.")
+    record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("adapter")
+    if not isinstance(record, dict) or record.get("kind") != kind:
+        found = record.get("kind") if isinstance(record, dict) else None
+        raise ValueError(f"{str(folder)!r} holds an adapter of kind {found!r}; needed: {kind!r}.")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"The adapter in {str(folder)!r} has format version {record.get('format_version')!r}; this release reads "
+            f"{FORMAT_VERSION}."
+        )
+    return Adapter(record, load_file(folder / ADAPTER_NAME), folder)
+
+
+_loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], Any]] = WeakKeyDictionary()
+
+
+def load_once(model: PreTrainedModel, kind: str, name_or_path: str, build: Callable[[Adapter], Built]) -> Built:
+    """Return `build(adapter)`, built once per model, kind and file as it is on disk."""
+    folder = Path(name_or_path)
+    where = str(name_or_path)
+    if (folder / ADAPTER_NAME).is_file():
+        where = f"{folder.resolve()} {(folder / ADAPTER_NAME).stat().st_mtime_ns}"
+    built = _loaded.setdefault(model, {})
+    if (kind, where) not in built:
+        built[kind, where] = build(read_adapter(name_or_path, kind))
+    return built[kind, where]
+
+
+def remember(model: PreTrainedModel, kind: str, name: str, built: Any) -> None:
+    """Make `built` what `load_once` returns under a name: for an adapter that is being trained, in no file yet."""
+    _loaded.setdefault(model, {})[kind, name] = built
+
+
+def unload(model: PreTrainedModel) -> None:
+    """Forget the adapters that were loaded for `model`; the next call that needs one reads it again."""
+    _loaded.pop(model, None)

@@ -1,0 +1,255 @@
+"""The commands `hf-specdec train ...` and `hf-specdec evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..console import Device, Dtype, Model, console, load_assistant, load_model, progress_bar, write_json
+
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .tasks import Score
+
+app = typer.Typer(help="Train what a strategy needs to have learned.", no_args_is_help=True, add_completion=False)
+
+Data = Annotated[list[Path], typer.Option("--data", help="Training text, as `train text` writes it; may be repeated.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for the result.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")]
+Seed = Annotated[int, typer.Option(help="Of order and sampling.")]
+Temperature = Annotated[float, typer.Option(help="Of the sampling; 0 is greedy.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
+Rewarding = Annotated[str, typer.Option(help="numeric, exact, rouge2, or a function as module:function.")]
+Assistant = Annotated[str, typer.Option(help="Folder or Hub name of the draft: a model, or one that was cut.")]
+Tokens = Annotated[int, typer.Option(help="Draft tokens per round.")]
+
+
+@app.command("text")
+def train_text(
+    prompts: Annotated[Path, typer.Option(help="JSONL of prompts (turns, prompt, question or text).")],
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    temperatures: Annotated[str, typer.Option(help="Separated by commas; prompts take turns.")] = "1.0,0.7,0.3",
+    new_tokens: NewTokens = 256,
+    batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 32,
+    seed: Seed = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Let the model write its own training text: an answer to every prompt."""
+    from ..bench.texts import chat_ids, load_prompts
+    from .data import save_texts, write_texts
+
+    chosen = _floats(temperatures, "--temperatures")
+    loaded, tokenizer = load_model(model, dtype, device)
+    ids = [chat_ids(tokenizer, turns) for turns in load_prompts(prompts)]
+    with _bar("writing", len(ids)) as advance:
+        texts = write_texts(
+            loaded,
+            ids,
+            temperatures=chosen,
+            max_new_tokens=new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            progress=advance,
+        )
+    save_texts(texts, out)
+    console.print(f"{len(texts)} texts, {sum(len(text.ids) for text in texts)} tokens, written to {out}")
+
+
+@app.command("draft")
+def train_draft_command(
+    data: Data,
+    out: Out,
+    layers: Annotated[str, typer.Option(help="Layers of the target to start from.")] = "0,1,28,29",
+    vocabulary: Annotated[int, typer.Option(help="Words that the draft can propose; 0 for all.")] = 8192,
+    steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 20000,
+    minutes: Annotated[float, typer.Option(help="Stop by the clock; 0 for never.")] = 0,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step and process.")] = 2048,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
+    num_assistant_tokens: Tokens = 4,
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of test prompts; training text with one of them is dropped.")
+    ] = None,
+    resume: Resume = False,
+    seed: Seed = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Cut a draft model out of the target and distil it on text that the target wrote."""
+    from ..bench.texts import load_prompts
+    from .data import exclude as dropped
+    from .data import load_texts
+    from .draft import DraftTraining, train_draft
+
+    settings = DraftTraining(
+        layers=tuple(int(part) for part in _floats(layers, "--layers")),
+        vocabulary_size=vocabulary or None,
+        steps=steps,
+        minutes=minutes or None,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+        num_assistant_tokens=num_assistant_tokens,
+        seed=seed,
+    )
+    texts = load_texts(data)
+    loaded, tokenizer = load_model(model, dtype, device)
+    before = len(texts)
+    for path in exclude or []:
+        texts = dropped(texts, tokenizer, [turn for turns in load_prompts(path) for turn in turns])
+    console.print(f"{len(texts)} texts, {sum(len(t.ids) for t in texts)} tokens; {before - len(texts)} dropped")
+    with _bar("training", steps) as advance:
+
+        def report(figures: dict[str, Any]) -> None:
+            if "agreement" in figures:
+                console.print({key: round(value, 4) for key, value in figures.items()})
+            else:
+                advance(1)
+
+        notes = {"excluded": [path.name for path in exclude or []]}
+        train_draft(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
+    console.print(f"written to {out}")
+
+
+@app.command("diversed")
+def train_diversed_command(
+    items: Annotated[Path, typer.Option(help="JSONL of tasks: question, and what the reward needs.")],
+    out: Out,
+    assistant: Assistant,
+    reward: Rewarding = "numeric",
+    accept_coefs: Annotated[str, typer.Option(help="Lambdas to train with, separated by commas.")] = "0.02,0.05,0.1",
+    updates: Annotated[int, typer.Option(help="Optimiser steps for each.")] = 100,
+    prompts_per_update: Annotated[int, typer.Option(help="Prompts per step and process.")] = 8,
+    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
+    temperature: Temperature = 1.0,
+    new_tokens: NewTokens = 64,
+    num_assistant_tokens: Tokens = 5,
+    resume: Resume = False,
+    seed: Seed = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Train DIVERSED's head on a task with a reward."""
+    from .diversed import DiversedTraining, train_diversed
+    from .rewards import resolve_reward
+    from .tasks import Sampling, load_items
+
+    settings = DiversedTraining(
+        accept_coefs=tuple(_floats(accept_coefs, "--accept-coefs")),
+        updates=updates,
+        prompts_per_update=prompts_per_update,
+        samples=samples,
+        sampling=Sampling(temperature=temperature, max_new_tokens=new_tokens),
+        num_assistant_tokens=num_assistant_tokens,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    function, tasks = resolve_reward(reward), load_items(items)
+    loaded, tokenizer = load_model(model, dtype, device)
+    draft = load_assistant(loaded, assistant, dtype, device)
+    with _bar("training", updates * len(settings.accept_coefs)) as advance:
+
+        def report(figures: dict[str, Any]) -> None:
+            if "held_out" not in figures:
+                advance(1)
+                return
+            score = figures["held_out"]
+            console.print(
+                f"lambda {figures['accept_coef']}, update {figures['update']}: reward {score['reward']:.3f}, accepted "
+                f"{score['acceptance']:.3f}, {score['tokens_per_forward']:.2f} tokens per forward, mean weight "
+                f"{score['method'].get('mean_weight', 0):.3f}"
+            )
+
+        train_diversed(loaded, draft, tokenizer, tasks, function, out, settings, resume=resume, report=report)
+    console.print(f"written to {out}")
+
+
+def evaluate_command(
+    items: Annotated[Path, typer.Option(help="JSONL of tasks: question, and what the reward needs.")],
+    strategies: Annotated[
+        str, typer.Option(help="Arms, separated by spaces; NAME@field=value,... sets fields, `default` is stock.")
+    ] = "plain assisted diversed@weight=0.75",
+    assistant: Assistant = "",
+    reward: Rewarding = "numeric",
+    limit: Annotated[int, typer.Option(help="Items used; 0 for all.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 16,
+    temperature: Temperature = 1.0,
+    new_tokens: NewTokens = 64,
+    seed: Seed = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Score strategies on a task: reward with its 95 % interval, acceptance, tokens per forward, time."""
+    from ..bench.run import make_arm
+    from .rewards import resolve_reward
+    from .tasks import Sampling, evaluate, load_items
+
+    function, tasks = resolve_reward(reward), load_items(items)
+    tasks = tasks[:limit] if limit else tasks
+    sampling = Sampling(temperature=temperature, max_new_tokens=new_tokens)
+    loaded, tokenizer = load_model(model, dtype, device)
+    draft = load_assistant(loaded, assistant, dtype, device) if assistant else None
+    arms = [make_arm(name, draft) for name in strategies.split()]
+    scores: list[Score] = []
+    with _bar("evaluating", len(arms) * len(tasks)) as advance:
+        for arm in arms:
+            scores.append(
+                evaluate(
+                    arm.name,
+                    loaded,
+                    tokenizer,
+                    tasks,
+                    function,
+                    sampling,
+                    arm.options,
+                    batch_size=batch_size,
+                    seed=seed,
+                    progress=advance,
+                )
+            )
+    table = Table(title=f"{len(tasks)} items, temperature {temperature}, batches of {batch_size}")
+    for heading in ("decoding", "reward", "95 %", "accepted", "tokens/forward", "ms/token", "mean w", "mean (1-w)TV"):
+        table.add_column(heading, justify="left" if heading == "decoding" else "right")
+    for score in scores:
+        method = score.method
+        table.add_row(
+            score.name,
+            f"{score.reward:.3f}",
+            f"{score.low:.3f}-{score.high:.3f}",
+            f"{score.acceptance:.2f}" if score.acceptance else "",
+            f"{score.tokens_per_forward:.2f}",
+            f"{score.ms_per_token:.1f}",
+            f"{method['mean_weight']:.2f}" if "mean_weight" in method else "",
+            f"{method['mean_bias']:.3f}" if "mean_bias" in method else "",
+        )
+    console.print(table)
+    if json_out is not None:
+        write_json(json_out, [asdict(score) for score in scores])
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar; yields a function that advances it."""
+    with progress_bar() as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _floats(text: str, option: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"`{option}` takes numbers separated by commas, got {text!r}.") from error

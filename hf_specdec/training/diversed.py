@@ -1,0 +1,353 @@
+"""Training DIVERSED's head by REINFORCE: how little of the target a task needs, position by position.
+
+One update: DIVERSED itself writes several answers to each prompt with the current head, `bonus="mixture"` and the
+sampling that will be used later, so that they follow the mixture exactly; each answer gets its reward; both models
+read the answers once more, which gives per token the features, `p(x)`, `q(x)` and TV. The rest needs no model:
+
+    d log v(x) / dz = w (1 - w) (p(x) - q(x)) / v(x)        d (1 - w TV) / dz = -w (1 - w) TV
+
+with `z` the head's logit. The loss is `-mean_b A_b sum_t log v_t(x_t) - lambda mean_b sum_t (1 - w_t TV_t)`, where `A`
+is the reward less the mean reward of the same prompt's other answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ..generation.adapters import remember
+from ..generation.diversed import DiversedConfig
+from ..generation.ensemble_head import KIND, DiversedHead
+from ..generation.runner import head_input
+from ..generation.vocabulary import pad_vocabulary, vocabulary_width
+from .rewards import Reward
+from .tasks import Sampling, Score, answers, evaluate, prompt_ids
+
+
+_CHECKPOINT = "checkpoint"
+_PROGRESS = "progress.json"
+_STATE = "state.pt"
+_TRAINED = "the head that is being trained"
+
+
+@dataclass(frozen=True)
+class DiversedTraining:
+    """Settings of `train_diversed`.
+
+    Args:
+        accept_coefs (`tuple[float, ...]`, *optional*, defaults to (0.02, 0.05, 0.1)): one head is trained for each
+            lambda; the best is kept.
+        updates (`int`, *optional*, defaults to 100): optimiser steps of each.
+        prompts_per_update (`int`, *optional*, defaults to 8): prompts of an update and process.
+        samples (`int`, *optional*, defaults to 4): answers to each; at least 2.
+        sampling (`Sampling`): as the head will be used.
+        num_assistant_tokens (`int`, *optional*, defaults to 5): draft tokens per round.
+        learning_rate (`float`, *optional*, defaults to 1e-3): of Adam, after 10 updates of warm-up.
+        init_weight (`float`, *optional*, defaults to 0.5): of the untrained head.
+        input_norm (`str`, *optional*, defaults to `"rms"`): scaling of the hidden states.
+        evaluate_every (`int`, *optional*, defaults to 25): updates between checkpoints, each with a held-out score.
+        held_out (`int`, *optional*, defaults to 64): items of the training set that are only for that.
+        call_cost (`float`, *optional*, defaults to 0.2): worth of one target forward per token, in rewards; the
+            checkpoint with the highest reward less cost is kept.
+        seed (`int`, *optional*, defaults to 0): of the order and the sampling.
+    """
+
+    accept_coefs: tuple[float, ...] = (0.02, 0.05, 0.1)
+    updates: int = 100
+    prompts_per_update: int = 8
+    samples: int = 4
+    sampling: Sampling = field(default_factory=Sampling)
+    num_assistant_tokens: int = 5
+    learning_rate: float = 1e-3
+    init_weight: float = 0.5
+    input_norm: str = "rms"
+    evaluate_every: int = 25
+    held_out: int = 64
+    call_cost: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("updates", 1), ("prompts_per_update", 1), ("samples", 2), ("evaluate_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if not self.accept_coefs or min(self.accept_coefs) < 0:
+            raise ValueError(f"`accept_coefs` must be one or more numbers of at least 0, got {self.accept_coefs}.")
+        if not self.sampling.temperature:
+            raise ValueError("`sampling` must have a temperature above 0: greedy answers explore nothing.")
+
+
+@dataclass
+class Rollout:
+    """What training needs of a batch of answers, their tokens laid end to end.
+
+    Args:
+        features (`torch.Tensor` of shape `[N, H_d + H_t]`, float16): the head's input at each token.
+        p (`torch.Tensor` of shape `[N]`, float32): the target's probability of the token,
+        q (`torch.Tensor` of shape `[N]`, float32): and the draft's.
+        tv (`torch.Tensor` of shape `[N]`, float32): distance of their laws.
+        row (`torch.Tensor` of shape `[N]`, int64): the answer that the token belongs to.
+        rewards (`torch.Tensor` of shape `[b]`, float32): of each answer.
+    """
+
+    features: torch.Tensor
+    p: torch.Tensor
+    q: torch.Tensor
+    tv: torch.Tensor
+    row: torch.Tensor
+    rewards: torch.Tensor
+
+
+def leave_one_out(rewards: torch.Tensor, samples: int) -> torch.Tensor:
+    """Return each reward less the mean of the prompt's other ones; answers to one prompt lie together, `[b]`."""
+    grouped = rewards.view(-1, samples)
+    others = (grouped.sum(dim=1, keepdim=True) - grouped) / (samples - 1)
+    return (grouped - others).flatten()
+
+
+def logit_gradient(logit: torch.Tensor, rollout: Rollout, advantage: torch.Tensor, accept_coef: float) -> torch.Tensor:
+    """Return the gradient of the loss by the head's logits `[N]`, in closed form."""
+    w = torch.sigmoid(logit)
+    v = w * rollout.p + (1 - w) * rollout.q
+    slope = w * (1 - w)
+    by_reward = -advantage[rollout.row] * slope * (rollout.p - rollout.q) / v.clamp(min=1e-12)
+    return (by_reward + accept_coef * slope * rollout.tv) / len(advantage)
+
+
+def update(
+    head: DiversedHead,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantage: torch.Tensor,
+    accept_coef: float,
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Make one optimiser step, gradients averaged over the processes; return means of the rollout."""
+    logit = head.logit(rollout.features)
+    logit.backward(logit_gradient(logit.detach(), rollout, advantage, accept_coef))
+    if accelerator is not None:
+        for parameter in head.parameters():
+            parameter.grad = cast(torch.Tensor, accelerator.reduce(parameter.grad, "mean"))
+    nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    w = torch.sigmoid(logit.detach())
+    return {
+        "reward": float(rollout.rewards.mean()),
+        "mean_weight": float(w.mean()),
+        "weight_std": float(w.std()),
+        "acceptance": float((1 - w * rollout.tv).mean()),
+    }
+
+
+@torch.no_grad()
+def replay(
+    head: DiversedHead,
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    written: Sequence[Sequence[int]],
+    sampling: Sampling,
+    rewards: torch.Tensor,
+    batch_size: int = 8,
+) -> Rollout:
+    """Let both models read prompts and answers, and return what training needs of the answers' tokens."""
+    chain = LogitsProcessorList()
+    if sampling.temperature not in (0.0, 1.0):
+        chain.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("features", "p", "q", "tv", "row")}
+    width = vocabulary_width(target)
+    for begin in range(0, len(prompts), batch_size):
+        rows = list(range(begin, min(begin + batch_size, len(prompts))))
+        ids = nn.utils.rnn.pad_sequence([torch.tensor([*prompts[i], *written[i]]) for i in rows], batch_first=True).to(
+            target.device
+        )
+        starts = torch.tensor([len(prompts[i]) for i in rows], device=ids.device)
+        ends = starts + torch.tensor([len(written[i]) for i in rows], device=ids.device)
+        column = torch.arange(1, ids.shape[1], device=ids.device)
+        real = (column >= starts[:, None]) & (column < ends[:, None])  # at what predicts the token of each column
+        tokens = ids[:, 1:][real]
+        laws, states = [], []
+        for model in (draft, target):
+            with head_input(model, True) as seen:
+                logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].to(ids.device)[real]
+            laws.append(chain(cast(Any, tokens[:, None]), pad_vocabulary(logits, width).float()).softmax(-1))
+            states.append(seen[0][:, :-1].to(ids.device)[real])
+        q, p = laws
+        parts["features"].append(head.features(*states).half())
+        parts["p"].append(p.gather(1, tokens[:, None])[:, 0])
+        parts["q"].append(q.gather(1, tokens[:, None])[:, 0])
+        parts["tv"].append((p - q).abs().sum(-1) / 2)
+        parts["row"].append(torch.tensor(rows, device=ids.device)[:, None].expand(real.shape)[real])
+    joined = {name: torch.cat(values) for name, values in parts.items()}
+    return Rollout(**joined, rewards=rewards.to(target.device))
+
+
+def train_diversed(
+    target: PreTrainedModel,
+    draft: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[dict[str, Any]],
+    reward: Reward,
+    folder: str | Path,
+    settings: DiversedTraining,
+    *,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Train a head for each lambda and write the best one to `folder`, for `assistant_strategy=folder`.
+
+    Args:
+        target (`PreTrainedModel`): frozen, as is
+        draft (`PreTrainedModel`): the assistant.
+        items (`list[dict]`): the task; the first `held_out` are not trained on.
+        reward (`Reward`): of an answer's text.
+        folder (`str` or `Path`): gets the head, and a folder `checkpoint` to resume from.
+        settings (`DiversedTraining`): how.
+        resume (`bool`, *optional*, defaults to `False`): go on from the folder's checkpoint.
+        report (`Callable[[dict], None]`, *optional*): gets figures after each update, and held-out ones as well after
+            each checkpoint.
+
+    Returns:
+        The held-out figures of every checkpoint.
+
+    Raises:
+        ValueError: for fewer items than are held out and an update needs, or a checkpoint made with other settings.
+        RuntimeError: if the reward raises; names the prompt's index. The last checkpoint is kept.
+    """
+    path = Path(folder)
+    if len(items) < settings.held_out + settings.prompts_per_update:
+        raise ValueError(
+            f"`items` must hold at least {settings.held_out + settings.prompts_per_update}, got {len(items)}."
+        )
+    accelerator = Accelerator(cpu=target.device.type == "cpu")
+    target.requires_grad_(False).eval()
+    draft.requires_grad_(False).eval()
+    run = _Run(target, draft, tokenizer, items, reward, settings, accelerator)
+    made_with = json.loads(json.dumps({**asdict(settings), "items": len(items)}))
+    found: list[dict[str, Any]] = []
+    begin = (0, 0)
+    if resume:
+        noted = json.loads((path / _CHECKPOINT / _PROGRESS).read_text(encoding="utf-8"))
+        if noted["settings"] != made_with:
+            raise ValueError(f"The checkpoint in {str(path)!r} was made with other settings: {noted['settings']}.")
+        found, begin = noted["found"], (noted["sweep"], noted["update"])
+    for sweep, accept_coef in enumerate(settings.accept_coefs):
+        if sweep < begin[0]:
+            continue
+        head = DiversedHead(run.sizes[0], run.sizes[1], settings.init_weight, settings.input_norm).to(target.device)
+        optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
+        done = 0
+        if sweep == begin[0] and begin[1]:
+            state = torch.load(path / _CHECKPOINT / _STATE, weights_only=True)
+            head.load_state_dict(state["head"])
+            optimizer.load_state_dict(state["optimizer"])
+            done = begin[1]
+        while done < settings.updates:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1.0, (done + 1) / 10)
+            rollout = run.rollout(head, done)
+            advantage = leave_one_out(rollout.rewards, settings.samples)
+            figures = update(head, optimizer, rollout, advantage, accept_coef, accelerator)
+            done += 1
+            report({"accept_coef": accept_coef, "update": done, **figures})
+            if done % settings.evaluate_every and done != settings.updates:
+                continue
+            score = run.score(head)
+            value = score.reward - settings.call_cost / score.tokens_per_forward
+            best = max((entry["value"] for entry in found), default=float("-inf"))
+            entry = {"accept_coef": accept_coef, "update": done, "value": value, "held_out": asdict(score)}
+            found.append(entry)
+            if accelerator.is_main_process:
+                if value > best:
+                    run.save(head, path, {"accept_coef": accept_coef, "updates": done, "held_out": asdict(score)})
+                (path / _CHECKPOINT).mkdir(parents=True, exist_ok=True)
+                state = {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state, path / _CHECKPOINT / _STATE)
+                progress = {"sweep": sweep, "update": done, "settings": made_with, "found": found}
+                (path / _CHECKPOINT / _PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+            report(entry)
+    return found
+
+
+class _Run:
+    """What stays the same over a training run."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        items: Sequence[dict[str, Any]],
+        reward: Reward,
+        settings: DiversedTraining,
+        accelerator: Accelerator,
+    ) -> None:
+        self.target, self.draft, self.tokenizer, self.reward = target, draft, tokenizer, reward
+        self.settings, self.accelerator = settings, accelerator
+        self.held_out, self.train = list(items[: settings.held_out]), list(items[settings.held_out :])
+        widths = [model.config.get_text_config(decoder=True).hidden_size for model in (draft, target)]
+        self.sizes = (widths[0], widths[1])
+
+    def options(self, head: DiversedHead, **changes: Any) -> dict[str, Any]:
+        """Return keywords of `generate()` with `head`."""
+        remember(self.target, KIND, _TRAINED, head)
+        config = DiversedConfig(adapter=_TRAINED, num_assistant_tokens=self.settings.num_assistant_tokens, **changes)
+        return {"assistant_strategy": config, "assistant_model": self.draft}
+
+    def save(self, head: DiversedHead, folder: Path, notes: dict[str, Any]) -> None:
+        """Write the head with the settings to use it with."""
+        sampling = asdict(self.settings.sampling)
+        config = DiversedConfig(num_assistant_tokens=self.settings.num_assistant_tokens)
+        head.save(folder, config, self.draft, self.target, {**sampling, **notes})
+
+    def rollout(self, head: DiversedHead, number: int) -> Rollout:
+        """Write answers with the current head, reward and replay them."""
+        settings = self.settings
+        share, place = self.accelerator.num_processes, self.accelerator.process_index
+        per_epoch = max(1, len(self.train) // (settings.prompts_per_update * share))
+        order = torch.Generator().manual_seed(settings.seed + number // per_epoch)
+        shuffled = torch.randperm(len(self.train), generator=order).tolist()
+        begin = (number % per_epoch * share + place) * settings.prompts_per_update
+        chosen = shuffled[begin : begin + settings.prompts_per_update]
+        rows = [index for index in chosen for _ in range(settings.samples)]
+        prompts = [prompt_ids(self.tokenizer, self.train[index]) for index in rows]
+        torch.manual_seed(settings.seed + 7919 * number + place)
+        written = answers(self.target, prompts, settings.sampling, self.options(head, bonus="mixture"))
+        rewards = []
+        for index, ids in zip(rows, written, strict=True):
+            text = cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
+            try:
+                rewards.append(float(self.reward(text, self.train[index])))
+            except Exception as error:
+                raise RuntimeError(
+                    f"The reward raised {type(error).__name__} ({error}) at the prompt of item "
+                    f"{index + settings.held_out}: {self.train[index]!r}; the last checkpoint is kept."
+                ) from error
+        return replay(head, self.target, self.draft, prompts, written, settings.sampling, torch.tensor(rewards))
+
+    def score(self, head: DiversedHead) -> Score:
+        """Evaluate the head on the held-out items, as it will be used."""
+        return evaluate(
+            "diversed",
+            self.target,
+            self.tokenizer,
+            self.held_out,
+            self.reward,
+            self.settings.sampling,
+            self.options(head),
+            batch_size=32,
+            seed=self.settings.seed,
+        )
