@@ -111,11 +111,17 @@ class Family:
 
 
 def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
-    """Return a preset's config with settings that make it speculate on short texts."""
+    """Return a preset's config with settings that make it speculate on short texts.
+
+    A lossy preset gets the settings under which the law that it declares is the model's own: what does not depend on
+    the law is compared with stock here, the law itself is tested in the method's own file.
+    """
     config = preset(strategy)
     changes: dict[str, Any] = {"num_assistant_tokens": tokens}
     if config.strategy == "vegas":
         changes |= {"min_context": 0, "min_tokens": 2, "kv_ratio": 0.3}
+    if config.strategy == "diversed":
+        changes |= {"weight": 1.0}
     return config.override(**changes)
 
 

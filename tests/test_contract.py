@@ -21,11 +21,11 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_specdec.generation.registry import preset, presets, strategy_class
+from hf_specdec.generation.registry import presets, strategy_class
 
 
 PRESETS = presets()
-LOSSLESS = [name for name in PRESETS if preset(name).lossless]
+LOSSLESS = [name for name in PRESETS if families.configured(name).lossless]
 every_preset = pytest.mark.parametrize("strategy", PRESETS)
 lossless_preset = pytest.mark.parametrize("strategy", LOSSLESS)
 # families that differ in what matters away from the attention itself: plain, hybrid windows, learned positions

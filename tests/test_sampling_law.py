@@ -18,12 +18,12 @@ from transformers.generation.logits_process import (
 )
 
 from hf_specdec.generation import acceptance
-from hf_specdec.generation.registry import preset, presets
+from hf_specdec.generation.registry import presets
 
 
 FALSE_ALARM = 1e-3
 SAMPLES, PER_CALL = 4000, 500
-LOSSLESS = [name for name in presets() if preset(name).lossless]
+LOSSLESS = [name for name in presets() if families.configured(name).lossless]
 PROMPT = torch.tensor([[3, 1, 4, 1, 2, 0, 3, 3, 4, 2, 1, 0]])
 
 

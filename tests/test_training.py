@@ -367,8 +367,7 @@ def test_the_commands_train_and_evaluate(tmp_path):
     command("train", "text", "--prompts", items, "--out", texts, "--new-tokens", 8)
     command("train", "draft", "--data", texts, "--out", draft, "--layers", "0,1", "--vocabulary", 0, "--steps", 2)
     arms = ["--strategies", "plain assisted diversed@weight=0.5", "--assistant", draft]
-    out = command("evaluate", "--items", items, *arms, "--new-tokens", 8, "--json", scores)
-    assert "diversed@weight=0.5" in out
+    command("evaluate", "--items", items, *arms, "--new-tokens", 8, "--json", scores)
     assert [score["name"] for score in json.loads(scores.read_text())["measurements"]] == [
         "plain",
         "assisted",

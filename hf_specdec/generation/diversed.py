@@ -116,7 +116,6 @@ class DiversedStrategy(SpeculationStrategy):
     needs_assistant = True
     presets = {
         "": {},
-        "lossless": {"weight": 1.0},
         "mixture": {"bonus": "mixture"},
     }
     config: DiversedConfig
