@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -130,8 +130,7 @@ class DiversedStrategy(SpeculationStrategy):
         """Return the configured drafter, the assistant's by default."""
         chosen = self.config.drafter
         if chosen is None:
-            assert self.assistant_model is not None
-            return AssistantDrafter(self.assistant_model, self.config.num_assistant_tokens)
+            return AssistantDrafter(cast(PreTrainedModel, self.assistant_model), self.config.num_assistant_tokens)
         chosen = chosen.override(num_assistant_tokens=self.config.num_assistant_tokens)
         drafter = strategy_class(chosen.strategy)(chosen, self.assistant_model).drafter
         if drafter is None:
@@ -152,9 +151,9 @@ class DiversedStrategy(SpeculationStrategy):
         """Load drafter and head."""
         super().prepare(model)
         if self.config.adapter is not None:
-            assert isinstance(self.drafter, AssistantDrafter)
-            self.head = load_head(model, self.drafter.model, self.config.adapter)
-            self.hidden = self.drafter.hidden = True
+            drafter = cast(AssistantDrafter, self.drafter)  # the only one that gives hidden states
+            self.head = load_head(model, drafter.model, self.config.adapter)
+            self.hidden = drafter.hidden = True
 
     def setup(self, state: DecodingState) -> None:
         """Ask for laws of greedy drafts as well, and warn if the head was trained under other warpers."""
@@ -177,9 +176,9 @@ class DiversedStrategy(SpeculationStrategy):
         if self.head is None:
             weight = torch.tensor(_DEFAULT_WEIGHT if config.weight is None else config.weight, device=state.device)
         else:
-            assert draft is not None and target is not None
             head = self.head.to(state.device)
-            logit = head.logit(head.features(draft.to(state.device), target.to(state.device)))
+            seen = [cast(torch.Tensor, hidden).to(state.device) for hidden in (draft, target)]
+            logit = head.logit(head.features(*seen))
             weight = torch.sigmoid(logit + config.weight_offset)
         return weight.clamp(config.w_min, config.w_max)
 
@@ -240,9 +239,8 @@ class DiversedStrategy(SpeculationStrategy):
         counts: torch.Tensor,
     ) -> torch.Tensor:
         """Return the mixture `[n, V]` after each row's last draft, where the target's law is `p`."""
-        assert self.drafter is not None
         with state.timed("draft"):
-            q, hidden = self.drafter.look_ahead(state, draft)
+            q, hidden = cast(Drafter, self.drafter).look_ahead(state, draft)
         seen = None if target.hidden is None else target.hidden.to(state.device)[rows, counts]
         return self.mixture(p, q, self.weights(state, hidden, seen))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -220,7 +220,13 @@ def evaluate_command(
                     progress=advance,
                 )
             )
-    table = Table(title=f"{len(tasks)} items, temperature {temperature}, batches of {batch_size}")
+    console.print(_score_table(scores, f"{len(tasks)} items, temperature {temperature}, batches of {batch_size}"))
+    if json_out is not None:
+        write_json(json_out, [asdict(score) for score in scores])
+
+
+def _score_table(scores: Sequence[Score], title: str) -> Table:
+    table = Table(title=title)
     for heading in ("decoding", "reward", "95 %", "accepted", "tokens/forward", "ms/token", "mean w", "mean (1-w)TV"):
         table.add_column(heading, justify="left" if heading == "decoding" else "right")
     for score in scores:
@@ -235,9 +241,7 @@ def evaluate_command(
             f"{method['mean_weight']:.2f}" if "mean_weight" in method else "",
             f"{method['mean_bias']:.3f}" if "mean_bias" in method else "",
         )
-    console.print(table)
-    if json_out is not None:
-        write_json(json_out, [asdict(score) for score in scores])
+    return table
 
 
 @contextmanager

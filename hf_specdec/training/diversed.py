@@ -227,63 +227,20 @@ def train_diversed(
         ValueError: for fewer items than are held out and an update needs, or a checkpoint made with other settings.
         RuntimeError: if the reward raises; names the prompt's index. The last checkpoint is kept.
     """
-    path = Path(folder)
-    if len(items) < settings.held_out + settings.prompts_per_update:
-        raise ValueError(
-            f"`items` must hold at least {settings.held_out + settings.prompts_per_update}, got {len(items)}."
-        )
-    accelerator = Accelerator(cpu=target.device.type == "cpu")
+    needed = settings.held_out + settings.prompts_per_update
+    if len(items) < needed:
+        raise ValueError(f"`items` must hold at least {needed}, got {len(items)}.")
     target.requires_grad_(False).eval()
     draft.requires_grad_(False).eval()
-    run = _Run(target, draft, tokenizer, items, reward, settings, accelerator)
-    made_with = json.loads(json.dumps({**asdict(settings), "items": len(items)}))
-    found: list[dict[str, Any]] = []
-    begin = (0, 0)
-    if resume:
-        noted = json.loads((path / _CHECKPOINT / _PROGRESS).read_text(encoding="utf-8"))
-        if noted["settings"] != made_with:
-            raise ValueError(f"The checkpoint in {str(path)!r} was made with other settings: {noted['settings']}.")
-        found, begin = noted["found"], (noted["sweep"], noted["update"])
-    for sweep, accept_coef in enumerate(settings.accept_coefs):
-        if sweep < begin[0]:
-            continue
-        head = DiversedHead(run.sizes[0], run.sizes[1], settings.init_weight, settings.input_norm).to(target.device)
-        optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
-        done = 0
-        if sweep == begin[0] and begin[1]:
-            state = torch.load(path / _CHECKPOINT / _STATE, weights_only=True)
-            head.load_state_dict(state["head"])
-            optimizer.load_state_dict(state["optimizer"])
-            done = begin[1]
-        while done < settings.updates:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(1.0, (done + 1) / 10)
-            rollout = run.rollout(head, done)
-            advantage = leave_one_out(rollout.rewards, settings.samples)
-            figures = update(head, optimizer, rollout, advantage, accept_coef, accelerator)
-            done += 1
-            report({"accept_coef": accept_coef, "update": done, **figures})
-            if done % settings.evaluate_every and done != settings.updates:
-                continue
-            score = run.score(head)
-            value = score.reward - settings.call_cost / score.tokens_per_forward
-            best = max((entry["value"] for entry in found), default=float("-inf"))
-            entry = {"accept_coef": accept_coef, "update": done, "value": value, "held_out": asdict(score)}
-            found.append(entry)
-            if accelerator.is_main_process:
-                if value > best:
-                    run.save(head, path, {"accept_coef": accept_coef, "updates": done, "held_out": asdict(score)})
-                (path / _CHECKPOINT).mkdir(parents=True, exist_ok=True)
-                state = {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(state, path / _CHECKPOINT / _STATE)
-                progress = {"sweep": sweep, "update": done, "settings": made_with, "found": found}
-                (path / _CHECKPOINT / _PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
-            report(entry)
-    return found
+    run = _Run(target, draft, tokenizer, items, reward, Path(folder), settings, report)
+    begin, done = run.resume() if resume else (0, 0)
+    for sweep in range(begin, len(settings.accept_coefs)):
+        run.learn(sweep, done if sweep == begin else 0)
+    return run.found
 
 
 class _Run:
-    """What stays the same over a training run."""
+    """One training run: the models, the task, and what was found so far."""
 
     def __init__(
         self,
@@ -292,14 +249,65 @@ class _Run:
         tokenizer: PreTrainedTokenizerBase,
         items: Sequence[dict[str, Any]],
         reward: Reward,
+        path: Path,
         settings: DiversedTraining,
-        accelerator: Accelerator,
+        report: Callable[[dict[str, Any]], None],
     ) -> None:
         self.target, self.draft, self.tokenizer, self.reward = target, draft, tokenizer, reward
-        self.settings, self.accelerator = settings, accelerator
+        self.path, self.settings, self.report = path, settings, report
+        self.accelerator = Accelerator(cpu=target.device.type == "cpu")
         self.held_out, self.train = list(items[: settings.held_out]), list(items[settings.held_out :])
-        widths = [model.config.get_text_config(decoder=True).hidden_size for model in (draft, target)]
-        self.sizes = (widths[0], widths[1])
+        # what a checkpoint must share with the run that goes on from it
+        self.made_with = json.loads(json.dumps({**asdict(settings), "items": len(items)}))
+        self.found: list[dict[str, Any]] = []
+
+    def resume(self) -> tuple[int, int]:
+        """Read the checkpoint; return the lambda's place and the updates that were made with it."""
+        noted = json.loads((self.path / _CHECKPOINT / _PROGRESS).read_text(encoding="utf-8"))
+        if noted["settings"] != self.made_with:
+            raise ValueError(
+                f"The checkpoint in {str(self.path)!r} was made with other settings: {noted['settings']}."
+            )
+        self.found = noted["found"]
+        return noted["sweep"], noted["update"]
+
+    def learn(self, sweep: int, done: int) -> None:
+        """Train a head with the lambda at place `sweep`, `done` of whose updates the checkpoint holds."""
+        settings, accept_coef = self.settings, self.settings.accept_coefs[sweep]
+        widths = [model.config.get_text_config(decoder=True).hidden_size for model in (self.draft, self.target)]
+        head = DiversedHead(widths[0], widths[1], settings.init_weight, settings.input_norm).to(self.target.device)
+        optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
+        if done:
+            state = torch.load(self.path / _CHECKPOINT / _STATE, weights_only=True)
+            head.load_state_dict(state["head"])
+            optimizer.load_state_dict(state["optimizer"])
+        while done < settings.updates:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(1.0, (done + 1) / 10)
+            rollout = self.rollout(head, done)
+            advantage = leave_one_out(rollout.rewards, settings.samples)
+            figures = update(head, optimizer, rollout, advantage, accept_coef, self.accelerator)
+            done += 1
+            self.report({"accept_coef": accept_coef, "update": done, **figures})
+            if done % settings.evaluate_every == 0 or done == settings.updates:
+                self.checkpoint(head, optimizer, sweep, done)
+
+    def checkpoint(self, head: DiversedHead, optimizer: torch.optim.Optimizer, sweep: int, done: int) -> None:
+        """Score the head on the held-out items, keep it if it is the best so far, and write what to resume from."""
+        score = self.score(head)
+        notes = {"accept_coef": self.settings.accept_coefs[sweep], "held_out": asdict(score)}
+        value = score.reward - self.settings.call_cost / score.tokens_per_forward
+        best = max((entry["value"] for entry in self.found), default=float("-inf"))
+        self.found.append({**notes, "update": done, "value": value})
+        if self.accelerator.is_main_process:
+            if value > best:
+                self.save(head, {**notes, "updates": done})
+            folder = self.path / _CHECKPOINT
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"head": head.state_dict(), "optimizer": optimizer.state_dict()}, folder / _STATE)
+            progress = {"sweep": sweep, "update": done, "settings": self.made_with, "found": self.found}
+            (folder / _PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+        self.report(self.found[-1])
 
     def options(self, head: DiversedHead, **changes: Any) -> dict[str, Any]:
         """Return keywords of `generate()` with `head`."""
@@ -307,11 +315,11 @@ class _Run:
         config = DiversedConfig(adapter=_TRAINED, num_assistant_tokens=self.settings.num_assistant_tokens, **changes)
         return {"assistant_strategy": config, "assistant_model": self.draft}
 
-    def save(self, head: DiversedHead, folder: Path, notes: dict[str, Any]) -> None:
+    def save(self, head: DiversedHead, notes: dict[str, Any]) -> None:
         """Write the head with the settings to use it with."""
         sampling = asdict(self.settings.sampling)
         config = DiversedConfig(num_assistant_tokens=self.settings.num_assistant_tokens)
-        head.save(folder, config, self.draft, self.target, {**sampling, **notes})
+        head.save(self.path, config, self.draft, self.target, {**sampling, **notes})
 
     def rollout(self, head: DiversedHead, number: int) -> Rollout:
         """Write answers with the current head, reward and replay them."""
