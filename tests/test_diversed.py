@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import pickle
+from inspect import signature
 from pathlib import Path
 
 import families
@@ -1362,6 +1363,8 @@ def test_t_parity_greedy_text_is_that_of_stocks_ensemble(llama, weight, noise):
 def test_t_parity_sampling_decides_like_stock(monkeypatch, weight, count):
     """The same uniforms and the same laws: as many drafts stay, and the next token comes from the same law."""
     torch.manual_seed(count)
+    # 5.17 also asks whether the draft ended the text
+    more = [False] if "is_done_candidate" in signature(stock._speculative_sampling).parameters else []
     seen, found = [], set()
     monkeypatch.setattr(
         torch, "multinomial", lambda law, *_, num_samples=1: seen.append(law) or law.argmax(-1)[:, None]
@@ -1374,7 +1377,9 @@ def test_t_parity_sampling_decides_like_stock(monkeypatch, weight, count):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand_like", lambda *_, coins=coins: coins)
             patch.setattr(torch, "rand", lambda *_, coins=coins, **__: coins[None].double())
-            theirs, matches = stock._speculative_sampling(drafts, draft, count, target, weight)
+            theirs, matches = stock._speculative_sampling(
+                drafts, draft, count, target, *more, assistant_ensemble_weight=weight
+            )
             ours = acceptance.speculative_sample(drafts, torch.tensor([count]), p, q, torch.full((1, count), weight))
         assert int(ours.accepted) == int(matches)
         assert ours.tokens[0, : int(matches) + 1].tolist() == theirs[0].tolist()
