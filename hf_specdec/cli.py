@@ -240,7 +240,7 @@ def _measure(
                     measure(model, ids, arms, new_tokens, repeats, advance, not i) for i, ids in enumerate(groups)
                 ]
             found = merge(parts) if len(parts) > 1 else parts[0]
-            console.print(table(found))
+            console.print(table(found, console.width))
             rows += to_json(found)
     if json_out is not None:
         write_json(json_out, rows)

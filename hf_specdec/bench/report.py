@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
 from .run import STOCK, Measurement
+
+
+_WIDE = 130
 
 
 def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
@@ -17,42 +20,36 @@ def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
     return min(stock, key=lambda m: m.ms_per_token)
 
 
-def table(measurements: Sequence[Measurement]) -> Table:
-    """Return one table of the arms at one (context, batch)."""
+def table(measurements: Sequence[Measurement], width: int = 200) -> Table:
+    """Return one table of the arms at one (context, batch); the step times are left out where `width` is narrow.
+
+    Args:
+        width (`int`, *optional*, defaults to 200): columns of the terminal.
+    """
     base = fastest_stock(measurements)
-    result = Table(title=f"context {base.context}, batch {base.batch}, {base.new_tokens} new tokens per row")
-    headings = [
-        "decoding",
-        "tokens/s",
-        f"x {base.name}",
-        "ms/token",
-        "tokens/step",
-        "accepted",
-        "draft ms",
-        "verify ms",
-        "select ms",
-        "modelled x plain",
-        "x plain",
-        "same text",
-    ]
-    for heading in headings:
-        result.add_column(heading, justify="left" if heading == "decoding" else "right")
     plain = next((m for m in measurements if m.name == "plain"), None)
+    columns: dict[str, Callable[[Measurement], str]] = {
+        "decoding": lambda m: m.name,
+        "tokens/s": lambda m: f"{m.tokens_per_second:.1f}",
+        f"x {base.name}": lambda m: f"{base.ms_per_token / m.ms_per_token:.2f}",
+        "ms/token": lambda m: f"{m.ms_per_token:.1f}",
+        "tokens/step": lambda m: _number(m.tokens_per_step, 2),
+        "accepted": lambda m: _number(m.acceptance, 2),
+    }
+    if width >= _WIDE:
+        columns |= {
+            "draft ms": lambda m: _number(m.draft_ms, 1),
+            "verify ms": lambda m: _number(m.verify_ms, 1),
+            "select ms": lambda m: _number(m.select_ms, 1),
+            "modelled x plain": lambda m: _number(m.modelled, 2),
+            "x plain": lambda m: _number(plain.ms_per_token / m.ms_per_token if plain else None, 2),
+            "same text": lambda m: f"{m.same_tokens:.0%}",
+        }
+    result = Table(title=f"context {base.context}, batch {base.batch}, {base.new_tokens} new tokens per row")
+    for heading in columns:
+        result.add_column(heading, justify="left" if heading == "decoding" else "right", overflow="fold")
     for m in measurements:
-        result.add_row(
-            m.name,
-            f"{m.tokens_per_second:.1f}",
-            f"{base.ms_per_token / m.ms_per_token:.2f}",
-            f"{m.ms_per_token:.1f}",
-            _number(m.tokens_per_step, 2),
-            _number(m.acceptance, 2),
-            _number(m.draft_ms, 1),
-            _number(m.verify_ms, 1),
-            _number(m.select_ms, 1),
-            _number(m.modelled, 2),
-            _number(plain.ms_per_token / m.ms_per_token if plain else None, 2),
-            f"{m.same_tokens:.0%}",
-        )
+        result.add_row(*(cell(m) for cell in columns.values()))
     return result
 
 
