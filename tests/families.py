@@ -149,6 +149,14 @@ def build(prefix: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return model
 
 
+def tiny_llama(**changes: Any) -> PreTrainedModel:
+    """Build a random Llama of two layers in float64, always the same for the same changes of its config."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, **heads, **changes})).double().eval()
+
+
 def randomize(model: PreTrainedModel) -> None:
     """Give sinks and biases, which some families initialise to zero, values that matter."""
     with torch.no_grad():

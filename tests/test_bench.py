@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from families import tiny_llama
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hf_specdec import VegasConfig, cli
@@ -20,19 +20,9 @@ from hf_specdec.bench.texts import load_prompts
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(
+        vocab_size=64, intermediate_size=48, max_position_embeddings=256, pad_token_id=0, eos_token_id=1
+    ).float()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import tiny_llama
+from transformers import LlamaForCausalLM
 
 from hf_specdec import _compat
 from hf_specdec.cache.speculative import SpeculativeCache
@@ -305,18 +306,7 @@ def test_memo_builds_once():
 
 
 def llama(attention: str = "sdpa") -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attn_implementation=attention,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return tiny_llama(max_position_embeddings=64, attn_implementation=attention)
 
 
 @pytest.fixture(autouse=True)

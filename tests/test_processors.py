@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import tiny_llama
 from transformers.generation import logits_process as stock
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
@@ -209,19 +209,7 @@ def test_low_precision_logits_are_processed_in_float32():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return tiny_llama(vocab_size=VOCAB, initializer_range=0.3, eos_token_id=None, pad_token_id=0)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import tiny_llama
 
 from hf_specdec import VegasConfig
 from hf_specdec.generation.vegas import VegasStrategy
@@ -20,19 +20,7 @@ def in_turn(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return tiny_llama(intermediate_size=48, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 
 
 @pytest.fixture(scope="module")

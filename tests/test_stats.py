@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import tiny_llama
 
 from hf_specdec import PlainConfig, SpeculationStats, VegasConfig, on_speculation
 from hf_specdec.generation.stats import report, timings_wanted
@@ -159,19 +159,7 @@ def test_the_same_callback_twice():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return tiny_llama(initializer_range=0.3, eos_token_id=None, pad_token_id=0)
 
 
 def generate(model, strategy, rows=2, **options):

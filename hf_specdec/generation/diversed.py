@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -123,8 +123,7 @@ class DiversedStrategy(SpeculationStrategy):
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
         super().__init__(config, assistant_model)
         self.head: DiversedHead | None = None
-        self.tested = 0
-        self.sums = torch.zeros(3, dtype=torch.float64)
+        self.sums = torch.zeros(4, dtype=torch.float64)  # tested positions, and over them w, TV and (1 - w) TV
 
     def make_drafter(self) -> Drafter:
         """Return the configured drafter, the assistant's by default."""
@@ -250,12 +249,12 @@ class DiversedStrategy(SpeculationStrategy):
         """Add the tested positions, up to the first refusal of each row, to the method's means."""
         if not p.shape[1]:
             return
-        real = torch.arange(p.shape[1], device=p.device) < tested[:, None]
+        real = (torch.arange(p.shape[1], device=p.device) < tested[:, None]).double()
         tv = (p - q).abs().sum(dim=-1) / 2
-        sums = torch.stack([w[real].sum(), tv[real].sum(), ((1 - w) * tv)[real].sum()])
-        self.sums += sums.double().cpu()
-        self.tested += int(tested.sum())
+        # masked sums and one transfer: picking the real ones would make the host wait once more each
+        sums = [(real * value).sum() for value in (torch.ones_like(tv), w, tv, (1 - w) * tv)]
+        self.sums += torch.stack(sums).cpu()
+        count, *totals = self.sums.tolist()
         names = ("mean_weight", "mean_tv", "mean_bias")
-        means = (self.sums / max(self.tested, 1)).tolist()
-        method: dict[str, Any] = {"tested_tokens": self.tested, **dict(zip(names, means, strict=True))}
-        state.stats.method.update(method)
+        means = {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}
+        state.stats.method.update(tested_tokens=int(count), **means)
