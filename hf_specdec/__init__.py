@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .generation.ensemble_head import DiversedHead
     from .generation.loop import DecodingLoop
     from .generation.plain import PlainConfig
+    from .generation.specbound import SpecBoundConfig
     from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
     from .generation.vegas import VegasConfig
     from .hub import save_strategy
@@ -33,6 +34,7 @@ _EXPORTS = {
     "DiversedConfig": "generation.diversed",
     "DiversedHead": "generation.ensemble_head",
     "PlainConfig": "generation.plain",
+    "SpecBoundConfig": "generation.specbound",
     "SpeculationConfig": "configuration",
     "SpeculationOutput": "generation.stats",
     "SpeculationStats": "generation.stats",
@@ -52,6 +54,7 @@ __all__ = [
     "DiversedConfig",
     "DiversedHead",
     "PlainConfig",
+    "SpecBoundConfig",
     "SpeculationConfig",
     "SpeculationOutput",
     "SpeculationStats",

@@ -122,6 +122,8 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
         changes |= {"min_context": 0, "min_tokens": 2, "kv_ratio": 0.3}
     if config.strategy == "diversed":
         changes |= {"weight": 1.0}
+    if config.strategy == "specbound":
+        changes |= {"max_depth": 1, "tau": 0.1}
     return config.override(**changes)
 
 

@@ -25,7 +25,8 @@ from hf_specdec.training.diversed import (
     train_diversed,
     update,
 )
-from hf_specdec.training.draft import DraftTraining, batches, frequent_words, train_draft
+from hf_specdec.training.distill import batches, frequent_words
+from hf_specdec.training.draft import DraftTraining, train_draft
 from hf_specdec.training.rewards import exact, numeric, resolve_reward, rouge2
 from hf_specdec.training.tasks import Sampling, evaluate, interval
 

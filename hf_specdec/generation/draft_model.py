@@ -60,10 +60,15 @@ def cut_draft(
         config.layer_types = [config.layer_types[index] for index in layers]
     config.num_hidden_layers = len(layers)
     for place, layer in enumerate(decoder_layers(draft)):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place  # type: ignore[assignment]
+        place_layer(layer, place)
     return draft
+
+
+def place_layer(layer: torch.nn.Module, place: int) -> None:
+    """Tell a decoder layer that its keys and values are those of the cache's layer `place`."""
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = place  # type: ignore[assignment]
 
 
 def own_parameters(draft: PreTrainedModel, target: PreTrainedModel) -> dict[str, torch.nn.Parameter]:

@@ -16,6 +16,7 @@ STRATEGIES = {
     "assisted": "assisted:AssistedStrategy",
     "vegas": "vegas:VegasStrategy",
     "diversed": "diversed:DiversedStrategy",
+    "specbound": "specbound:SpecBoundStrategy",
 }
 """Strategy name to `module:class` inside `hf_specdec.generation`."""
 

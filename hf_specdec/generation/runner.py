@@ -58,16 +58,8 @@ class ModelRunner:
             RuntimeError: if the model did not run every layer's attention through the package (first forward only).
         """
         step = self.cache.begin(Step(starts, tokens.shape[1], self.device, **options))
-        positions = step.slots_on(self.device).clamp(max=self.last_position)
         with head_input(self.model, hidden) as seen:
-            output = self.model(
-                input_ids=tokens.to(self.device),
-                position_ids=positions,
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-                specdec_step=step,
-            )
+            output = self.model(**self.inputs(tokens, step), return_dict=True)
         if not self._checked:
             if step.layers_seen != len(self.cache.layers) or step.layers_attended != len(self.cache.layers):
                 name, layers = type(self.model).__name__, len(self.cache.layers)
@@ -77,6 +69,16 @@ class ModelRunner:
                 )
             self._checked = True
         return Forward(output.logits, seen[0] if hidden else None)
+
+    def inputs(self, tokens: torch.Tensor, step: Step) -> dict[str, Any]:
+        """Return the keywords of the model's forward over `tokens` `[n, m]`, which lie where `step` says."""
+        return {
+            "input_ids": tokens.to(self.device),
+            "position_ids": step.slots_on(self.device).clamp(max=self.last_position),
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "specdec_step": step,
+        }
 
     def prefill(self, tokens: torch.Tensor, cached: int, chunk: int | None) -> None:
         """Fill slots of every row with the model's own attention, which must be active.

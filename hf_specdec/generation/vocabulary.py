@@ -44,7 +44,10 @@ class ReducedHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits `[..., V]` of all words, `OUTSIDE` for those that are not inside."""
-        logits = self.reduced(hidden)
+        return self.scatter(self.reduced(hidden))
+
+    def scatter(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits `[..., V]` of all words for logits `[..., k]` of those inside."""
         return logits.new_full((*logits.shape[:-1], self.width), OUTSIDE).index_copy_(-1, self.ids, logits)
 
 

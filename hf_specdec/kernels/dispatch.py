@@ -10,10 +10,10 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -152,6 +152,15 @@ def _original(
     return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra, **kwargs)
 
 
+class Configured(Protocol):
+    """A model, or modules beside one that have its config."""
+
+    config: Any
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Return all modules in it, itself included."""
+
+
 class _Switched(str):
     """The name `"hf_specdec"`, with the implementation that it stands in for and the switch that put it there."""
 
@@ -162,7 +171,7 @@ class _Switched(str):
 class _Switch:
     """What one model's switch changed, and how many contexts rely on it; the last one to end changes it back."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Configured) -> None:
         self.users = 0
         self.owners: list[tuple[Any, PreTrainedConfig]] = []
         copies: dict[int, PreTrainedConfig] = {}
@@ -185,7 +194,7 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def speculative_attention(model: PreTrainedModel) -> Iterator[None]:
+def speculative_attention(model: Configured) -> Iterator[None]:
     """Make `model` use our attention inside the context; afterwards, and after an exception, its own again.
 
     The model's modules are given copies of their configs that name our attention. The configs themselves stay as they

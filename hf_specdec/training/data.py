@@ -26,6 +26,11 @@ class Text:
     prompt_length: int
     temperature: float = 1.0
 
+    @property
+    def answer(self) -> slice:
+        """The positions that predict the answer's tokens."""
+        return slice(self.prompt_length - 1, len(self.ids) - 1)
+
 
 def load_texts(paths: Iterable[str | Path]) -> list[Text]:
     """Return the sequences of files that `save_texts` wrote.

@@ -1,0 +1,347 @@
+"""What distilling has in common: a student learns the frozen target's next-token law on text that the target wrote.
+
+The loss is KL(target || student) over the student's vocabulary, at temperature 1, at every position of prompt and
+answer. The target runs once over each sequence; its hidden states are kept while they fit, and later epochs read them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from .data import Text
+
+
+_CHECKPOINT = "checkpoint"
+_PROGRESS = "progress.json"
+_STATE = "state.pt"
+_HELD_OUT = 64
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings:
+    """Settings of any distillation.
+
+    Args:
+        vocabulary_size (`int`, *optional*, defaults to 8192): words that the student can propose, the most frequent of
+            the training text; `None` for all.
+        steps (`int`, *optional*, defaults to 20000): optimiser steps at most.
+        minutes (`float`, *optional*): stop by the clock; the learning rate follows whichever ends first.
+        batch_tokens (`int`, *optional*, defaults to 2048): tokens per step and process, padding included.
+        max_length (`int`, *optional*, defaults to 512): longer sequences are cut.
+        learning_rate (`float`, *optional*, defaults to 1e-3): at its peak; Adam, 100 steps of warm-up, then a cosine.
+        num_assistant_tokens (`int`, *optional*, defaults to 4): written into the saved settings.
+        save_every (`int`, *optional*, defaults to 500): steps between checkpoints.
+        cache_gib (`float`, *optional*, defaults to 4.0): memory for the target's hidden states.
+        seed (`int`, *optional*, defaults to 0): of the order, and of what is held out.
+    """
+
+    vocabulary_size: int | None = 8192
+    steps: int = 20000
+    minutes: float | None = None
+    batch_tokens: int = 2048
+    max_length: int = 512
+    learning_rate: float = 1e-3
+    num_assistant_tokens: int = 4
+    save_every: int = 500
+    cache_gib: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "max_length", "save_every", "num_assistant_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.learning_rate <= 0 or (self.minutes is not None and self.minutes <= 0):
+            raise ValueError("`learning_rate` and `minutes` must be above 0.")
+        if self.vocabulary_size is not None and self.vocabulary_size < 1:
+            raise ValueError(f"`vocabulary_size` must be at least 1, got {self.vocabulary_size}.")
+
+
+def frequent_words(texts: Sequence[Text], size: int, always: Sequence[int] = ()) -> tuple[torch.Tensor, float]:
+    """Return the `size` ids that answers use most, ascending, and the share of answer tokens that they cover.
+
+    Args:
+        always (`list[int]`): ids that are taken in any case, such as the end of the text.
+    """
+    counts: Counter[int] = Counter()
+    prompts: Counter[int] = Counter()
+    for text in texts:
+        counts.update(text.ids[text.prompt_length :].tolist())
+        prompts.update(text.ids[: text.prompt_length].tolist())
+    # words of the prompts fill up where answers use fewer
+    ranked = [token for counter in (counts, prompts) for token, _ in counter.most_common()]
+    chosen = list(dict.fromkeys([*always, *ranked]))[:size]
+    covered = sum(counts[token] for token in chosen) / max(sum(counts.values()), 1)
+    return torch.tensor(sorted(chosen)), covered
+
+
+def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> list[list[int]]:
+    """Return an epoch's batches of indices: similar lengths together, at most `batch_tokens` padded tokens each."""
+    order = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(lengths), generator=order).tolist()
+    ranked = sorted(range(len(lengths)), key=lambda i: lengths[i] * (0.9 + 0.2 * noise[i]))
+    found: list[list[int]] = [[]]
+    for index in ranked:
+        if found[-1] and max(lengths[index], *(lengths[i] for i in found[-1])) * (len(found[-1]) + 1) > batch_tokens:
+            found.append([])
+        found[-1].append(index)
+    return [found[i] for i in torch.randperm(len(found), generator=order).tolist()]
+
+
+def padded(texts: Sequence[Text], indices: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return the ids `[b, T]` of some texts, padded on the right with id 0."""
+    return nn.utils.rnn.pad_sequence([texts[i].ids for i in indices], batch_first=True).to(device)
+
+
+class Teacher:
+    """The target's hidden states of each text, kept as far as they fit.
+
+    Args:
+        target (`PreTrainedModel`): frozen.
+        texts (`list[Text]`): that it reads.
+        gib (`float`): memory for the states.
+        depths (`list[int]`): which states: after how many layers, below the model's depth.
+    """
+
+    def __init__(
+        self, target: PreTrainedModel, texts: Sequence[Text], gib: float, depths: Sequence[int] = ()
+    ) -> None:
+        self.target, self.texts, self.depths = target, texts, list(depths)
+        width = target.config.get_text_config(decoder=True).hidden_size
+        self.room = int(gib * 2**30 / (2 * width * (len(self.depths) + 1)))
+        self.kept: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, indices: Sequence[int], ids: torch.Tensor) -> list[torch.Tensor]:
+        """Return states `[b, T, H]` of the texts `indices`, whose padded ids are `ids` `[b, T]`.
+
+        One tensor per depth, and at the end the LM head's input.
+        """
+        if all(index in self.kept for index in indices):
+            rows = nn.utils.rnn.pad_sequence([self.kept[i] for i in indices], batch_first=True)
+            return list(rows.to(ids.device).unbind(2))
+        output = self.target.base_model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.depths))
+        # the entry after the last layer is already normed, the others are not
+        states = [output.hidden_states[depth] for depth in self.depths] + [output.last_hidden_state]
+        for row, index in enumerate(indices):
+            length = min(len(self.texts[index].ids), ids.shape[1])
+            if index not in self.kept and length <= self.room:
+                self.room -= length
+                rows = torch.stack([state[row, :length] for state in states], dim=1)
+                self.kept[index] = rows.to("cpu", torch.bfloat16)
+        return states
+
+
+class Agreement:
+    """Sums over answer positions of how well a student's law matches the target's."""
+
+    def __init__(self) -> None:
+        self.agree = self.overlap = 0.0
+        self.positions = 0
+
+    def add(self, p: torch.Tensor, q: torch.Tensor, words: torch.Tensor | None) -> None:
+        """Add positions with the target's law `p` `[m, V]` and the student's `q` `[m, F]` over the ids `words` `[F]`."""
+        choice = q.argmax(-1)
+        self.agree += float(((choice if words is None else words[choice]) == p.argmax(-1)).sum())
+        self.overlap += float(torch.minimum(p if words is None else p[:, words], q).sum())
+        self.positions += len(q)
+
+    def figures(self) -> dict[str, float]:
+        """Return `agreement` (share of positions where the most likely words agree) and `overlap`.
+
+        The overlap is the mean of sum(min(p, q)), the acceptance rate of sampling at temperature 1.
+        """
+        count = max(self.positions, 1)
+        return {"agreement": self.agree / count, "overlap": self.overlap / count}
+
+
+class Distillation:
+    """One training run. A subclass makes the student, and says what its loss, its figures and its files are.
+
+    Args:
+        target (`PreTrainedModel`): frozen; on the device to train on.
+        texts (`list[Text]`): every 50th, at most 64, is held out.
+        path (`Path`): gets the result, and a folder `checkpoint` to resume from.
+        settings (`DistillSettings`): how.
+        notes (`dict`): what else to record with the result.
+        report (`Callable[[dict], None]`): gets `step`, `seconds`, `loss` and `learning_rate` after each step, and the
+            held-out figures after each checkpoint.
+        depths (`list[int]`, *optional*): states of the target that the student learns from, beside the last.
+
+    Raises:
+        ValueError: for fewer than 2 texts.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        texts: Sequence[Text],
+        path: Path,
+        settings: DistillSettings,
+        notes: dict[str, Any],
+        report: Report,
+        depths: Sequence[int] = (),
+    ) -> None:
+        if len(texts) < 2:
+            raise ValueError(f"`texts` must hold at least 2 sequences, got {len(texts)}.")
+        self.target, self.path, self.notes, self.report = target, path, notes, report
+        self.limits = settings
+        self.accelerator = Accelerator(cpu=target.device.type == "cpu")
+        torch.manual_seed(settings.seed)
+        texts = [Text(text.ids[: settings.max_length], text.prompt_length, text.temperature) for text in texts]
+        apart = max(50, len(texts) // _HELD_OUT) if len(texts) >= 100 else len(texts)
+        self.held_out, self.train = texts[::apart], [text for i, text in enumerate(texts) if i % apart]
+        self.vocabulary, self.covered = None, 1.0
+        if settings.vocabulary_size is not None:
+            ends = target.generation_config.eos_token_id
+            always = [] if ends is None else ends if isinstance(ends, list) else [ends]
+            self.vocabulary, self.covered = frequent_words(self.train, settings.vocabulary_size, always)
+        target.requires_grad_(False).eval()
+        self.teachers = [Teacher(target, part, settings.cache_gib, depths) for part in (self.train, self.held_out)]
+        # what a checkpoint must share with the run that goes on from it
+        self.made_with = json.loads(
+            json.dumps({**asdict(settings), "minutes": None, "steps": None, "texts": len(texts)})
+        )
+        self.step, self.start = 0, time.perf_counter()
+        self.own: dict[str, nn.Parameter] = {}
+        self.optimizer: Any = None
+
+    def adopt(self, student: nn.Module, own: dict[str, nn.Parameter]) -> Any:
+        """Take `own` as what is trained, in float32, and return the student, ready for several processes."""
+        self.own = own
+        for parameter in own.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self.optimizer = self.accelerator.prepare(torch.optim.Adam(own.values(), betas=(0.9, 0.95)))
+        return self.accelerator.prepare(student)
+
+    def loss(self, ids: torch.Tensor, real: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+        """Return the loss of a batch: ids `[b, T]`, which of them are real `[b, T]`, and what the teacher returned."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return figures over the held-out texts."""
+        raise NotImplementedError
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write the result to the folder, `record` with it."""
+        raise NotImplementedError
+
+    def run(self, *, resume: bool) -> dict[str, Any]:
+        """Train to the end, from the folder's checkpoint with `resume`, and return the last held-out figures.
+
+        Raises:
+            ValueError: for a checkpoint that was made with other settings.
+            FileNotFoundError: if there is nothing to resume from.
+        """
+        if resume:
+            self._resume()
+        figures: dict[str, Any] = {}
+        for indices in self._batches():
+            if self._done() >= 1:
+                break
+            self._learn(indices)
+            figures = self._save() if self.step % self.limits.save_every == 0 else {}
+        return figures or self._save()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this result, earlier runs included."""
+        return time.perf_counter() - self.start
+
+    def _done(self) -> float:
+        """Return the share of the training that lies behind, by steps or by the clock."""
+        by_clock = 0.0 if self.limits.minutes is None else self.seconds / 60 / self.limits.minutes
+        return max(self.step / self.limits.steps, by_clock)
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint."""
+        folder = self.path / _CHECKPOINT
+        noted = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+        if noted["settings"] != self.made_with:
+            raise ValueError(
+                f"The checkpoint in {str(self.path)!r} was made with other settings: {noted['settings']}."
+            )
+        state = torch.load(folder / _STATE, weights_only=True)
+        for name, parameter in self.own.items():
+            parameter.data.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.start = noted["step"], time.perf_counter() - noted["seconds"]
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Yield this process's batches, epoch after epoch, from the next step on."""
+        lengths, epoch, skip = [len(text.ids) for text in self.train], 0, self.step
+        share = self.accelerator.num_processes
+        while True:
+            found = batches(lengths, self.limits.batch_tokens, self.limits.seed + epoch)
+            found = found[: len(found) // share * share] or found * share
+            mine = found[self.accelerator.process_index :: share]
+            yield from mine[skip:]
+            skip, epoch = max(0, skip - len(mine)), epoch + 1
+
+    def _learn(self, indices: Sequence[int]) -> None:
+        """Make one optimiser step on the texts `indices`."""
+        rate = self.limits.learning_rate * min(1.0, (self.step + 1) / 100)
+        rate *= 0.5 * (1 + math.cos(math.pi * min(self._done(), 1.0)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        ids = padded(self.train, indices, self.accelerator.device)
+        lengths = torch.tensor([len(self.train[i].ids) for i in indices], device=ids.device)
+        real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        loss = self.loss(ids, real, self.teachers[0](indices, ids))
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.own.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.report({"step": self.step, "seconds": self.seconds, "loss": float(loss.detach()), "learning_rate": rate})
+
+    def _save(self) -> dict[str, Any]:
+        """Write the result and a checkpoint; return the held-out figures."""
+        found = self.evaluate()
+        if self.accelerator.is_main_process:
+            training = {**asdict(self.limits), "texts": len(self.train), "steps_done": self.step}
+            self.write({"training": {**training, "coverage": self.covered}, "held_out": found, **self.notes})
+            folder = self.path / _CHECKPOINT
+            folder.mkdir(exist_ok=True)
+            parameters = {name: parameter.data for name, parameter in self.own.items()}
+            torch.save({"parameters": parameters, "optimizer": self.optimizer.state_dict()}, folder / _STATE)
+            progress = {"step": self.step, "seconds": self.seconds, "settings": self.made_with}
+            (folder / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+        self.report({"step": self.step, "seconds": self.seconds, **found})
+        return found
+
+
+def divergence(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL divergence of the target's law `p` `[m, F]`, float32, and a student's `logits` `[m, F]`."""
+    loss: torch.Tensor = _CrossEntropy.apply(p, logits)
+    return loss - torch.special.entr(p).sum() / len(p)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy against given laws, with as few passes over `[m, F]` as it takes: they are most of the time."""
+
+    @staticmethod
+    def forward(ctx: Any, p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        log_q = logits.log_softmax(-1, dtype=torch.float32)
+        ctx.save_for_backward(p, log_q)
+        ctx.dtype = logits.dtype
+        return -torch.dot(p.flatten(), log_q.flatten()) / len(p)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor]:
+        p, log_q = ctx.saved_tensors
+        return None, log_q.exp().sub_(p).mul_(grads[0] / len(p)).to(ctx.dtype)
