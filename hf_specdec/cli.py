@@ -18,7 +18,9 @@ from .training import commands as training
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .bench.run import Arm
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.add_typer(training.app, name="train")
@@ -68,6 +70,7 @@ def demo(
     """Answer a question about a long text with Vegas, and compare with stock generate() in the same run."""
     from transformers import TextStreamer
 
+    from .bench.run import make_arm
     from .bench.texts import long_batch
     from .generation.stats import on_speculation
     from .generation.vegas import VegasConfig
@@ -92,8 +95,8 @@ def demo(
         f"\n{found.mean_tokens_per_step:.2f} tokens per target step, {found.acceptance_rate:.0%} of drafts accepted\n"
     )
     vegas = "vegas" if config == VegasConfig() else f"vegas@min_context={config.min_context}"
-    arms = ["default", "static", "plain", vegas]
-    _measure(loaded, lambda batch, _: [ids[:batch]], sizes, [context], arms, new_tokens, repeats, None, None)
+    arms = [make_arm(name, None) for name in ("default", "static", "plain", vegas)]
+    _measure(loaded, lambda batch, _: [ids[:batch]], sizes, [context], arms, new_tokens, repeats, None)
 
 
 @app.command()
@@ -105,11 +108,15 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per row.")] = 96,
     repeats: Annotated[int, typer.Option(help="Timed runs of each arm; the median counts.")] = 3,
     strategies: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Arms besides stock default and static, separated by spaces; NAME@field=value,... sets fields."
+            help="Arms besides stock default and static, separated by spaces; NAME@field=value,... sets fields. "
+            "By default: plain vegas, or with --ablate: plain."
         ),
-    ] = "plain vegas",
+    ] = None,
+    ablate: Annotated[
+        str, typer.Option(help="Add SpecBound and arms without each of its parts: specbound, or a folder of heads.")
+    ] = "",
     assistant: Annotated[str, typer.Option(help="Folder or Hub name of a second model, for assisted arms.")] = "",
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")] = None,
     model: Model = "",
@@ -117,47 +124,73 @@ def bench(
     device: Device = "cpu",
 ) -> None:
     """Time strategies against stock generate() in one run, from one prefill per batch."""
-    from .bench.texts import chat_ids, load_prompts, long_batch
+    from .bench.ablations import specbound_arms
+    from .bench.run import make_arm
+    from .bench.texts import long_batch
 
     sizes, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
-    texts = load_prompts(prompts) if prompts is not None else []
     loaded, tokenizer = load_model(model, dtype, device)
     second = load_assistant(loaded, assistant, dtype, device) if assistant else None
-    arms = ["default", "static", *(name for name in strategies.split() if name not in ("default", "static"))]
-
-    spread = [texts[i * len(texts) // limit] for i in range(limit)] if 0 < limit < len(texts) else texts
-    chats = sorted((chat_ids(tokenizer, turns) for turns in spread), key=len)
+    names = strategies.split() if strategies is not None else ["plain"] if ablate else ["plain", "vegas"]
+    arms = [make_arm(name, second) for name in dict.fromkeys(["default", "static", *names])]
+    arms += specbound_arms(loaded, ablate) if ablate else []
+    chats = sorted(_chats(tokenizer, prompts, limit), key=len) if prompts is not None else []
 
     def groups_of(rows: int, length: int) -> list[torch.Tensor]:
-        if not texts:
+        if prompts is None:
             return [long_batch(tokenizer, length, rows).to(device)]
         return [group.to(device) for group in _equal_prompts(chats, rows)]
 
-    _measure(loaded, groups_of, sizes, [0] if texts else contexts, arms, new_tokens, repeats, second, json_out)
+    lengths = contexts if prompts is None else [0]
+    _measure(loaded, groups_of, sizes, lengths, arms, new_tokens, repeats, json_out)
 
 
 @app.command()
 def calibrate(
-    strategy: Annotated[str, typer.Argument(help="The strategy to calibrate: vegas.")],
+    strategy: Annotated[str, typer.Argument(help="The strategy to calibrate: vegas or specbound.")],
     context: Annotated[
-        str, typer.Option(help="Contexts to measure, separated by commas.")
+        str, typer.Option(help="Contexts to measure, separated by commas (vegas).")
     ] = "512,1024,2048,4096,7900",
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    batch: Annotated[int, typer.Option(help="Rows (vegas).")] = 1,
+    adapter: Annotated[str, typer.Option(help="Folder or Hub name of trained exit heads (specbound).")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts (specbound); the built-in text by default.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Prompts used, spread over the file (specbound).")] = 24,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per row.")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed runs of each arm.")] = 3,
-    save: Annotated[Path | None, typer.Option(help="Write the calibrated config into this folder.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the calibrated config into this folder; may be the adapter's.")
+    ] = None,
     model: Model = "",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
 ) -> None:
-    """Measure from which context a strategy pays on this device."""
+    """Measure on this device from which context Vegas pays, or which settings of SpecBound pay."""
+    if strategy not in ("vegas", "specbound"):
+        raise ValueError(f"`{strategy}` can't be calibrated; allowed: vegas, specbound.")
+    if strategy == "specbound":
+        _calibrate_specbound(adapter, prompts, limit, new_tokens, repeats, save, model, dtype, device)
+        return
+    if adapter or prompts is not None:
+        raise ValueError("`--adapter` and `--prompts` are for specbound; vegas takes `--context`.")
+    _calibrate_vegas(_numbers(context, "--context"), batch, new_tokens, repeats, save, model, dtype, device)
+
+
+def _calibrate_vegas(
+    contexts: list[int],
+    batch: int,
+    new_tokens: int,
+    repeats: int,
+    save: Path | None,
+    model: str,
+    dtype: str,
+    device: str,
+) -> None:
     from .bench.calibrate import calibrate_vegas
     from .bench.texts import long_batch
     from .generation.vegas import VegasConfig
 
-    if strategy != "vegas":
-        raise ValueError(f"`{strategy}` can't be calibrated; allowed: vegas.")
-    contexts = _numbers(context, "--context")
     loaded, tokenizer = load_model(model, dtype, device)
     with progress_bar() as progress:
         task = progress.add_task("calibrating", total=len(contexts) * 2 * (repeats + 1))
@@ -190,6 +223,69 @@ def calibrate(
         console.print(f"saved to {save}")
 
 
+def _calibrate_specbound(
+    adapter: str,
+    prompts: Path | None,
+    limit: int,
+    new_tokens: int,
+    repeats: int,
+    save: Path | None,
+    model: str,
+    dtype: str,
+    device: str,
+) -> None:
+    from .bench.calibrate_specbound import WORTHWHILE, calibrate_specbound
+    from .bench.texts import long_prompt
+    from .generation.adapters import write_config
+    from .generation.specbound import SpecBoundConfig
+
+    loaded, tokenizer = load_model(model, dtype, device)
+    if prompts is None:
+        rows = [long_prompt(tokenizer, 256, offset) for offset in range(limit)]
+    else:
+        rows = _chats(tokenizer, prompts, limit)
+    tensors = [_tensor(row).to(device) for row in rows]
+    with progress_bar() as progress:
+        task = progress.add_task("calibrating", total=len(rows) + 2 * (repeats + 1))
+        chosen, predicted, costs = calibrate_specbound(
+            loaded,
+            SpecBoundConfig(adapter=adapter or None),
+            tensors,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            progress=_advance(progress, task),
+        )
+    console.print(
+        f"layer {costs.layer[0]:.2f} ms (4 rows {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
+        f"{costs.head[0]:.2f}, row {costs.row:.2f}, rest of a round {costs.round:.2f}, plain token {costs.plain:.2f}"
+    )
+    console.print(
+        f"alpha={chosen.alpha}, tau={chosen.tau}, exit_layers={chosen.exit_layers}, max_depth={chosen.max_depth}, "
+        f"num_assistant_tokens={chosen.num_assistant_tokens}: predicted {predicted.speedup:.2f}x plain, "
+        f"{predicted.tokens_per_round:.2f} tokens per round, {predicted.acceptance:.0%} accepted"
+    )
+    if predicted.speedup < WORTHWHILE:
+        console.print(f"Below {WORTHWHILE}x: plain decoding is the better choice for this model and device.")
+    if save is not None:
+        write_config(save, chosen)
+        console.print(f"saved to {save}")
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, path: Path, limit: int) -> list[list[int]]:
+    """Return the ids of a file's prompts as chats: `limit` of them, spread over the file, or all for 0."""
+    from .bench.texts import chat_ids, load_prompts
+
+    texts = load_prompts(path)
+    spread = [texts[i * len(texts) // limit] for i in range(limit)] if 0 < limit < len(texts) else texts
+    return [chat_ids(tokenizer, turns) for turns in spread]
+
+
+def _tensor(row: list[int]) -> torch.Tensor:
+    import torch
+
+    return torch.tensor([row])
+
+
 def _numbers(text: str, option: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -219,16 +315,14 @@ def _measure(
     prompts: Any,
     batches: list[int],
     contexts: list[int],
-    names: list[str],
+    arms: list[Arm],
     new_tokens: int,
     repeats: int,
-    assistant: PreTrainedModel | None,
     json_out: Path | None,
 ) -> None:
     from .bench.report import table
-    from .bench.run import make_arm, measure, merge, to_json
+    from .bench.run import measure, merge, to_json
 
-    arms = [make_arm(name, assistant) for name in names]
     rows: list[Any] = []
     for context in contexts:
         for batch in batches:

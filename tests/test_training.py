@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from hf_specdec import AssistedConfig, DiversedConfig, DiversedHead, cli, load_draft
 from hf_specdec.generation.draft_model import cut_draft, save_draft
 from hf_specdec.training.data import Text, exclude, load_texts, save_texts, write_texts
+from hf_specdec.training.distill import batches, frequent_words
 from hf_specdec.training.diversed import (
     DiversedTraining,
     Rollout,
@@ -25,7 +26,6 @@ from hf_specdec.training.diversed import (
     train_diversed,
     update,
 )
-from hf_specdec.training.distill import batches, frequent_words
 from hf_specdec.training.draft import DraftTraining, train_draft
 from hf_specdec.training.rewards import exact, numeric, resolve_reward, rouge2
 from hf_specdec.training.tasks import Sampling, evaluate, interval

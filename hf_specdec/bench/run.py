@@ -24,7 +24,7 @@ from ..hub import resolve_strategy
 STOCK = ("default", "static")
 """Stock plain decoding, always measured: with the default cache, and the static one (compiled on CUDA)."""
 
-_STOCK_SPECULATIVE = ("prompt_lookup", "stock_assisted")
+_STOCK_SPECULATIVE = ("prompt_lookup", "stock_assisted", "stock_early_exit")
 _PREFILL_CHUNK = 1024
 
 
@@ -36,11 +36,14 @@ class Arm:
         name (`str`): as in the table.
         options (`dict`): keyword arguments of `generate()`.
         static (`bool`, *optional*, defaults to `False`): start from a static cache.
+        fresh (`bool`, *optional*, defaults to `False`): run the prompt itself, untimed, instead of starting from the
+            cache that all arms share.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     static: bool = False
+    fresh: bool = False
 
 
 @dataclass
@@ -99,9 +102,9 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     """Return the arm called `name`.
 
     Args:
-        name (`str`): a stock arm (`default`, `static`, `prompt_lookup`, `stock_assisted`) or anything that
-            `assistant_strategy` takes. `name@key=value,key=value` changes fields of the strategy's config, and of the
-            assistant's generation config for `stock_assisted`.
+        name (`str`): a stock arm (`default`, `static`, `prompt_lookup`, `stock_assisted`, `stock_early_exit@layer=3`)
+            or anything that `assistant_strategy` takes. `name@key=value,key=value` changes fields of the strategy's
+            config, and of the assistant's generation config for `stock_assisted`; `[3;6]` is a list of numbers.
         assistant (`PreTrainedModel`, *optional*): for the arms that need one.
 
     Raises:
@@ -113,13 +116,18 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
         return Arm(name, {"prompt_lookup_num_tokens": 10})
     strategy, _, changes = name.partition("@")
     settings = {key: _value(text) for key, _, text in (part.partition("=") for part in changes.split(",") if part)}
+    if strategy == "stock_early_exit":
+        if set(settings) != {"layer"}:
+            raise ValueError(f"The arm {name!r} needs its exit: `stock_early_exit@layer=3`.")
+        return Arm(name, {"assistant_early_exit": settings["layer"]})
     config = None if strategy == "stock_assisted" else resolve_strategy(strategy, settings)
     needs = config is None or (strategy_class(config.strategy).needs_assistant and not config.brings_drafter)
     if needs and assistant is None:
         raise ValueError(f"The arm {name!r} needs a second model: give `--assistant FOLDER`.")
     if config is None:
         return Arm(name, {"assistant_model": _stock_assistant(assistant, settings)})
-    return Arm(name, {"assistant_strategy": config, **({"assistant_model": assistant} if needs else {})})
+    options = {"assistant_strategy": config, **({"assistant_model": assistant} if needs else {})}
+    return Arm(name, options, fresh=strategy_class(config.strategy).reads_prompt)
 
 
 def _stock_assistant(assistant: PreTrainedModel | None, settings: dict[str, Any]) -> PreTrainedModel:
@@ -134,6 +142,8 @@ def _stock_assistant(assistant: PreTrainedModel | None, settings: dict[str, Any]
 
 
 def _value(text: str) -> Any:
+    if text.startswith("[") and text.endswith("]"):
+        return [_value(part) for part in text[1:-1].split(";")]
     for kind in (int, float):
         try:
             return kind(text)
@@ -192,7 +202,7 @@ def measure(
                 output = cast(Any, model).generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=_start(model, cache, ids.shape[1] + new_tokens, arm.static),
+                    past_key_values=None if arm.fresh else _start(model, cache, ids.shape[1] + new_tokens, arm.static),
                     max_new_tokens=new_tokens,
                     do_sample=False,
                     eos_token_id=model.config.get_text_config().vocab_size,  # an id that never comes

@@ -104,6 +104,23 @@ def write_adapter(
     )
 
 
+def write_config(folder: str | Path, config: SpeculationConfig) -> None:
+    """Write settings into a folder, keeping the record of an adapter that lies there.
+
+    Raises:
+        ValueError: for settings of another strategy than the adapter's.
+    """
+    path = Path(folder)
+    if not (path / ADAPTER_NAME).is_file():
+        config.save_pretrained(path)
+        return
+    noted = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    if noted["strategy"] != config.strategy:
+        raise ValueError(f"{str(path)!r} holds an adapter of {noted['strategy']!r}, not of {config.strategy!r}.")
+    values = {**config.to_dict(), "adapter": noted["adapter"]}
+    (path / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
 def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
     """Load an adapter from a folder or a Hub repository.
 

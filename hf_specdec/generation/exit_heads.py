@@ -1,14 +1,14 @@
 """Exit heads: guesses of the next token from the hidden state after a few layers, by the model's own norm and head.
 
 Four kinds. `"final"` is the model's norm and head as they are (the logit lens); `"adapter"` adds a trained linear map
-between the two; `"full"` has a head of its own per layer; `"block"` runs one more decoder layer of its own, then the
-model's head. All but `"final"` are trained; the model is not.
+between the two; `"full"` has a head of its own per layer; `"block"` runs one more decoder layer of its own, which also
+reads the LM head's input at the token before, and then the model's head. All but `"final"` are trained, the model never.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,6 +44,9 @@ class ExitHeads(nn.Module):
         ValueError: for layers, a kind, a rank or a vocabulary that is not allowed.
     """
 
+    norm: nn.Module
+    tails: dict[int, Callable[[torch.Tensor], torch.Tensor]]
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -59,18 +62,17 @@ class ExitHeads(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
         head = model.get_output_embeddings()
-        width = cast(torch.Tensor, head.weight).shape[1]
+        weight = cast(torch.Tensor, head.weight)
+        self.width, width = weight.shape
         if rank is not None and (kind != "adapter" or not 1 <= rank <= width):
             raise ValueError(f"`rank` is for the kind 'adapter' and from 1 to {width}, got {rank} for {kind!r}.")
         self.config = model.config  # like a model, so that the attention of blocks can be switched like a model's
         self.layers, self.kind, self.rank, self.record = list(layers), kind, rank, record or {}
         self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
-        self.width: int = cast(torch.Tensor, head.weight).shape[0]
         self.own = nn.ModuleDict()
         if kind != "final":
             made = [self._make(place, parts, head, width) for place in range(len(layers))]
             self.own.update({str(layer): module for layer, module in zip(layers, made, strict=True)})
-        weight = cast(torch.Tensor, head.weight)
         self.own.to(device=weight.device, dtype=weight.dtype)
         # not submodules: the model's own parts are no parameters of the heads
         heads = {layer: self.own[str(layer)] if kind == "full" else self.inside for layer in self.layers}
@@ -78,56 +80,52 @@ class ExitHeads(nn.Module):
 
     def _make(self, place: int, parts: Layerwise, head: nn.Module, width: int) -> nn.Module:
         """Return what the exit at `layers[place]` has of its own."""
-        if self.kind == "adapter" and self.rank is None:
-            linear = nn.Linear(width, width, bias=False)
-            nn.init.zeros_(linear.weight)
-            return linear
         if self.kind == "adapter":
-            maps = nn.Sequential(nn.Linear(width, self.rank, bias=False), nn.Linear(self.rank, width, bias=False))
-            nn.init.zeros_(maps[1].weight)  # type: ignore[arg-type]
-            return maps
+            # the last map is zero, so that training begins at the model's own norm and head
+            last = nn.Linear(width if self.rank is None else self.rank, width, bias=False)
+            nn.init.zeros_(last.weight)
+            return last if self.rank is None else nn.Sequential(nn.Linear(width, self.rank, bias=False), last)
         if self.kind == "full":
             weight = (cast(Any, head) if self.reduced is None else self.reduced).weight
             linear = nn.Linear(width, weight.shape[0], bias=False)
             linear.weight.data.copy_(weight.data)
             return linear
-        # the last layer and the norm already turn states into what the head reads
-        block = copy.deepcopy(parts.layers[-1])
-        place_layer(block, place)
-        return nn.ModuleDict({"layer": block, "norm": copy.deepcopy(parts.norm)})
+        return _Block(copy.deepcopy(parts.layers[-1]), copy.deepcopy(parts.norm), place, width)
 
     @property
     def inside(self) -> nn.Module | None:
         """The model's LM head over the words that can be guessed; `None` where that is the model's own."""
         return None if self.reduced is None else _Inside(self.reduced)
 
-    def block(self, layer: int) -> nn.Module:
-        """Return the decoder layer of an exit of kind `"block"`."""
-        return cast(nn.Module, cast(nn.ModuleDict, self.own[str(layer)])["layer"])
-
-    def deepen(self, layer: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Return the output `[n, m, H]` of an exit's own decoder layer for states `[n, m, H]` after `layer` layers.
+    def deepen(self, layer: int, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return the output `[n, m, H]` of an exit's block.
 
         Args:
-            call (`LayerCall`): what the decoder layer gets beside the states.
+            hidden (`torch.Tensor` of shape `[n, m, H]`): states after `layer` layers.
+            before (`torch.Tensor` of shape `[n, m, H]`): the LM head's input at the token before each.
+            call (`LayerCall`): what the block's decoder layer gets beside the states.
         """
-        output = self.block(layer)(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return cast(_Block, self.own[str(layer)])(hidden, before, call)
 
-    def read(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits `[..., F]` of what follows each token.
+    def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the LM head gets, `[..., H]`.
 
         Args:
             hidden (`torch.Tensor` of shape `[..., H]`): states after `layer` layers; for kind `"block"`, what `deepen`
                 made of them.
         """
         if self.kind == "block":
-            hidden = cast(nn.ModuleDict, self.own[str(layer)])["norm"](hidden)
-        else:
-            hidden = self.norm(hidden)
-        if self.kind == "adapter":
-            hidden = hidden + self.own[str(layer)](hidden)
-        return self.tails[layer](hidden)
+            return cast(torch.Tensor, cast(_Block, self.own[str(layer)]).norm(hidden))
+        hidden = self.norm(hidden)
+        return hidden + self.own[str(layer)](hidden) if self.kind == "adapter" else hidden
+
+    def score(self, layer: int, inputs: torch.Tensor) -> torch.Tensor:
+        """Return logits `[..., F]` of what follows each token, for what `head_input` returned."""
+        return self.tails[layer](inputs)
+
+    def read(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `score` of `head_input`."""
+        return self.score(layer, self.head_input(layer, hidden))
 
     def tokens(self, index: torch.Tensor) -> torch.Tensor:
         """Return the ids of words by their place among those that can be guessed."""
@@ -152,6 +150,26 @@ class ExitHeads(nn.Module):
         write_adapter(folder, config, {**record, **notes}, tensors)
 
 
+class _Block(nn.Module):
+    """A decoder layer of its own for one exit, which also reads the LM head's input at the token before.
+
+    It begins as a copy of the model's last layer and norm, which already turn states into what the head reads.
+    """
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, place: int, width: int) -> None:
+        super().__init__()
+        place_layer(layer, place)
+        self.layer, self.norm = layer, norm
+        self.fuse = nn.Linear(2 * width, width, bias=False)
+        with torch.no_grad():
+            self.fuse.weight.copy_(torch.eye(width, 2 * width))
+
+    def forward(self, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return the decoder layer's output; see `ExitHeads.deepen`."""
+        output = self.layer(self.fuse(torch.cat([hidden, before], dim=-1)), *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
 class _Inside(nn.Module):
     """A reduced head without the scattering."""
 
@@ -161,6 +179,11 @@ class _Inside(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.head.reduced(hidden)
+
+
+def before_each(inputs: torch.Tensor) -> torch.Tensor:
+    """Return, at each token, the LM head's input at the token before; both `[n, m, H]`, before the first is 0."""
+    return nn.functional.pad(inputs[:, :-1], (0, 0, 1, 0))
 
 
 def check_layers(layers: Sequence[int], depth: int, argument: str) -> None:
@@ -195,11 +218,36 @@ def load_exit_heads(model: PreTrainedModel, name_or_path: str) -> ExitHeads:
     return load_once(model, KIND, name_or_path, build)
 
 
+class _BlockText:
+    """What one block knows of a text: how many tokens it has read for good, what it has not, and the round's rows."""
+
+    def __init__(self, states: torch.Tensor, before: torch.Tensor, recording: Recording) -> None:
+        self.end = self.read = 0
+        self.unread = [(states, before, recording)]
+        self.rows: list[torch.Tensor] = []
+
+    def take(
+        self, before: Sequence[torch.Tensor], recordings: Sequence[Recording]
+    ) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor, Recording]]]:
+        """Return the first slot of, and all that has not been read; what belongs to the round is read for now only."""
+        rows = list(zip(self.rows, before, recordings, strict=False))
+        start, entries = self.end + self.read, [*self.unread, *rows[self.read :]]
+        self.end += sum(entry[0].shape[1] for entry in self.unread)
+        self.unread, self.read = [], len(rows)
+        return start, entries
+
+    def commit(self, before: Sequence[torch.Tensor], recordings: Sequence[Recording]) -> None:
+        """End the round, of which as many rows were kept as `before` is long; they are to be read again."""
+        self.unread += list(zip(self.rows, before, recordings, strict=False))
+        self.rows, self.read = [], 0
+
+
 class ExitReader:
     """Exit heads along one text. Blocks have keys and values of their own here, and states that they have not read.
 
-    A block reads the states of all tokens, lazily: when it is asked about the newest one, it first reads what it
-    missed. It begins with the first token that this call runs, so an earlier turn's cached tokens are not in it.
+    A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. Rows of
+    the round in progress are read with a guess of the LM head's input before them; once verified, they are read again
+    with the true one. It begins with the first token that this call runs: an earlier turn's cached ones are not in it.
 
     Args:
         heads (`ExitHeads`): the heads.
@@ -211,39 +259,43 @@ class ExitReader:
     def __init__(self, heads: ExitHeads, parts: Layerwise, window: int | None, capacity: int) -> None:
         self.heads, self.parts = heads, parts
         self.cache = SpeculativeCache([window] * len(heads.layers), 1, capacity)
-        # per block in use: position, states [1, m, H] and recording of what it has not read, and the end of what it has
-        self.unread: dict[int, list[tuple[int, torch.Tensor, Recording]]] = {}
-        self.ends: dict[int, int] = {}
-        self.first = 0
+        self.blocks: dict[int, _BlockText] = {}
+        # the LM head's input before each row: the first is true, the others are what the row before was taken for
+        self.before: list[torch.Tensor] = []
+        self.guess: torch.Tensor | None = None
 
-    def start(self, first: int, states: dict[int, torch.Tensor], recording: Recording) -> None:
-        """Take the states `[1, m, H]` of the prompt's tokens from position `first` on, by depth."""
-        self.first, self.ends = first, dict.fromkeys(states, first)
-        self.unread = {layer: [(first, seen, recording)] for layer, seen in states.items()}
+    def start(self, states: dict[int, torch.Tensor], inputs: torch.Tensor, recording: Recording) -> None:
+        """Take the prompt's tokens that were run: their states `[1, m, H]` by depth, and the LM head's inputs."""
+        before = before_each(inputs)
+        self.blocks = {layer: _BlockText(seen, before, recording) for layer, seen in states.items()}
+        self.before = [inputs[:, -1:]]
 
     def note(self, layer: int, rows: Rows, first: int) -> None:
         """Take the states of the rows from the `first` on, which have just passed `layer` layers."""
-        if layer in self.unread:
-            for row in range(first, len(rows.depths)):
-                state = rows.states[:, row : row + 1].clone()  # the buffer goes on to the next layer
-                self.unread[layer].append((rows.start + row, state, rows.recordings[row]))
+        if layer in self.blocks:
+            # a copy: the buffer goes on to the next layer
+            self.blocks[layer].rows += rows.states[:, first : len(rows.depths)].clone().split(1, dim=1)
 
-    def logits(self, layer: int, state: torch.Tensor) -> torch.Tensor:
-        """Return float32 logits `[1, F]` of what follows the newest token, whose state is `state` `[1, 1, H]`."""
-        if layer in self.unread:
-            entries = self.unread[layer]
-            hidden = torch.cat([states for _, states, _ in entries], dim=1)
-            step = Step([self.ends[layer] - self.first], hidden.shape[1], hidden.device)
-            recordings = [recording for *_, recording in entries]
-            self.cache.begin(step)
-            call = self.parts.join(-1, recordings, self.cache, step)
-            state = self.heads.deepen(layer, hidden, call)[:, -1:]
-            self.ends[layer] += hidden.shape[1]
-            self.unread[layer] = []
-        return self.heads.read(layer, state)[:, -1].float()
+    def logits(self, layer: int, rows: Rows) -> torch.Tensor:
+        """Return float32 logits `[1, F]` of what follows the newest row, which has passed `layer` layers."""
+        newest = len(rows.depths) - 1
+        state = rows.states[:, newest : newest + 1]
+        if layer in self.blocks:
+            if len(self.before) == newest:
+                self.before.append(cast(torch.Tensor, self.guess))
+            slot, entries = self.blocks[layer].take(self.before, rows.recordings)
+            hidden = torch.cat([states for states, _, _ in entries], dim=1)
+            before = torch.cat([inputs for _, inputs, _ in entries], dim=1)
+            step = self.cache.begin(Step([slot], hidden.shape[1], hidden.device))
+            call = self.parts.join(-1, [entry[2] for entry in entries], self.cache, step)
+            state = self.heads.deepen(layer, hidden, before, call)[:, -1:]
+        self.guess = self.heads.head_input(layer, state)
+        return self.heads.score(layer, self.guess)[:, -1].float()
 
-    def commit(self, end: int) -> None:
-        """Forget the tokens from position `end` on."""
-        for layer in self.unread:
-            self.ends[layer] = min(self.ends[layer], end)
-            self.unread[layer] = [entry for entry in self.unread[layer] if entry[0] < end]
+    def commit(self, kept: int, rows: Rows, inputs: torch.Tensor) -> None:
+        """End the round, of which `kept` rows stay; `inputs` `[1, R, H]` are the LM head's true inputs of its rows."""
+        if self.blocks and kept:
+            true = [self.before[0], *inputs.split(1, dim=1)]
+            for block in self.blocks.values():
+                block.commit(true[:kept], rows.recordings)
+            self.before = [true[kept]]

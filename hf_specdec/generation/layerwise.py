@@ -170,7 +170,8 @@ class Layerwise:
         watched = cast(Callable[..., Any], exchanged(base, {**outside, id(self.layers): recorders}))
         self._noted.clear()
         with torch.no_grad():
-            tokens = torch.zeros(1, 1, dtype=torch.long, device=self.model.get_input_embeddings().weight.device)
+            device = cast(torch.Tensor, self.model.get_input_embeddings().weight).device
+            tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
             last = watched(input_ids=tokens, use_cache=False, return_dict=True).last_hidden_state
         hidden, norms = self._noted[-1][0] if self._noted else last, []
         for module, given, output in after:
@@ -283,7 +284,7 @@ def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
         return module
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)  # a wrapped forward is bound to the module that it was made for
-    twin._modules = children  # type: ignore[assignment]
+    twin._modules = children
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
     return twin
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -123,6 +124,7 @@ class SpecBoundStrategy(SpeculationStrategy):
     config_class = SpecBoundConfig
     paper = "https://arxiv.org/abs/2604.12247"
     batched = False
+    reads_prompt = True
     presets = {"": {}, "match": {"sampling_draft": "match"}}
     config: SpecBoundConfig
 
@@ -157,7 +159,7 @@ class SpecBoundStrategy(SpeculationStrategy):
     def prefill(self, state: DecodingState) -> Forward:
         """Run the prompt as usual, without tests."""
         first = state.prompt.cached[state.active[0]]
-        with watched(state.model, self.exits if self.heads.kind == "block" else []) as seen:
+        with watched(state.model, [*self.exits, self.depth] if self.heads.kind == "block" else []) as seen:
             output = state.prefill(hidden=self.hidden)
         self.parts = Layerwise(state.model)
         self.parts.check(state.target, state.pending, state.committed[0] - 1, output.logits)
@@ -167,13 +169,16 @@ class SpecBoundStrategy(SpeculationStrategy):
         if seen:
             state.contexts.enter_context(speculative_attention(self.heads))
             tokens = state.text[state.active, first : state.committed[0]]
-            self.reader.start(first, seen, self.parts.record_at(state.target, tokens, first))
+            inputs = self.parts.norm(seen.pop(self.depth))
+            self.reader.start(seen, inputs, self.parts.record_at(state.target, tokens, first))
         self.lag = state.target.device.type == "cuda" if self.config.lag is None else self.config.lag
         return output
 
     def propose(self, state: DecodingState) -> Draft:
         """Push rows until one is difficult, the width is reached or the text ends."""
-        width, drafts, laws, self.guessed = state.draft_room(self.config.num_assistant_tokens)[0], [], [], []
+        width, self.guessed = state.draft_room(self.config.num_assistant_tokens)[0], []
+        drafts: list[torch.Tensor] = []
+        laws: list[torch.Tensor | None] = []
         token, matches = state.pending, self.config.sampling_draft == "match"
         self.rows.begin(state.committed[0] - 1)
         while True:
@@ -224,8 +229,7 @@ class SpecBoundStrategy(SpeculationStrategy):
     def _test(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the newest row's logits `[1, F]` at `depth` and their annealed confidence `[1]`."""
         self.tests += 1
-        newest = len(self.rows.depths) - 1
-        logits = self.reader.logits(depth, self.rows.states[:, newest : newest + 1])
+        logits = self.reader.logits(depth, self.rows)
         return logits, annealed_confidence(logits, self.temperatures[depth])
 
     def _passes(self, depth: int, logits: torch.Tensor, confidence: torch.Tensor) -> bool:
@@ -247,7 +251,7 @@ class SpecBoundStrategy(SpeculationStrategy):
         state.stats.target_forwards += 1
         while self.rows.depths[-1] < self.depth:
             self._advance()
-        hidden = self.parts.norm(self.rows.states[:, : len(self.rows.depths)])
+        hidden = self.inputs = self.parts.norm(self.rows.states[:, : len(self.rows.depths)])
         logits = self.tail(hidden)
         if logits.shape[1] == draft.tokens.shape[1]:
             # a drafted end of text was not run: nothing can follow it, so what stands in for its logits is not read
@@ -272,7 +276,8 @@ class SpecBoundStrategy(SpeculationStrategy):
     def commit(self, state: DecodingState, kept: list[int]) -> None:
         """Take back what was not emitted, from every layer."""
         super().commit(state, kept)
-        self.reader.commit(state.committed[0] - 1)
+        if self.rows.depths:
+            self.reader.commit(kept[0], self.rows, self.inputs)
 
     def close(self, state: DecodingState) -> None:
         """Add up the counters of the rows so far."""

@@ -131,6 +131,7 @@ class SpeculationStrategy:
     needs_assistant: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
     batched: ClassVar[bool] = True  # False: the loop decodes the rows in turn
+    reads_prompt: ClassVar[bool] = False  # True: it learns from running the prompt, so a cache that is given costs it
     hidden: bool = False
     """Whether the target's forwards return the LM head's input."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {"": {}}

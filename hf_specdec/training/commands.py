@@ -17,6 +17,9 @@ from ..console import Device, Dtype, Model, console, load_assistant, load_model,
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import PreTrainedModel
+
+    from .data import Text
     from .tasks import Score
 
 app = typer.Typer(help="Train what a strategy needs to have learned.", no_args_is_help=True, add_completion=False)
@@ -30,6 +33,14 @@ NewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Rewarding = Annotated[str, typer.Option(help="numeric, exact, rouge2, or a function as module:function.")]
 Assistant = Annotated[str, typer.Option(help="Folder or Hub name of the draft: a model, or one that was cut.")]
 Tokens = Annotated[int, typer.Option(help="Draft tokens per round.")]
+Vocabulary = Annotated[int, typer.Option(help="Words that can be proposed, the most frequent; 0 for all.")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps at most.")]
+Minutes = Annotated[float, typer.Option(help="Stop by the clock; 0 for never.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens per step and process.")]
+Rate = Annotated[float, typer.Option(help="Learning rate at its peak.")]
+Exclude = Annotated[
+    list[Path] | None, typer.Option(help="JSONL of test prompts; training text with one of them is dropped.")
+]
 
 
 @app.command("text")
@@ -70,15 +81,13 @@ def train_draft_command(
     data: Data,
     out: Out,
     layers: Annotated[str, typer.Option(help="Layers of the target to start from.")] = "0,1,28,29",
-    vocabulary: Annotated[int, typer.Option(help="Words that the draft can propose; 0 for all.")] = 8192,
-    steps: Annotated[int, typer.Option(help="Optimiser steps at most.")] = 20000,
-    minutes: Annotated[float, typer.Option(help="Stop by the clock; 0 for never.")] = 0,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens per step and process.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
+    vocabulary: Vocabulary = 8192,
+    steps: Steps = 20000,
+    minutes: Minutes = 0,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: Rate = 1e-3,
     num_assistant_tokens: Tokens = 4,
-    exclude: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of test prompts; training text with one of them is dropped.")
-    ] = None,
+    exclude: Exclude = None,
     resume: Resume = False,
     seed: Seed = 0,
     model: Model = "",
@@ -86,9 +95,6 @@ def train_draft_command(
     device: Device = "cpu",
 ) -> None:
     """Cut a draft model out of the target and distil it on text that the target wrote."""
-    from ..bench.texts import load_prompts
-    from .data import exclude as dropped
-    from .data import load_texts
     from .draft import DraftTraining, train_draft
 
     settings = DraftTraining(
@@ -101,22 +107,50 @@ def train_draft_command(
         num_assistant_tokens=num_assistant_tokens,
         seed=seed,
     )
-    texts = load_texts(data)
-    loaded, tokenizer = load_model(model, dtype, device)
-    before = len(texts)
-    for path in exclude or []:
-        texts = dropped(texts, tokenizer, [turn for turns in load_prompts(path) for turn in turns])
-    console.print(f"{len(texts)} texts, {sum(len(t.ids) for t in texts)} tokens; {before - len(texts)} dropped")
-    with _bar("training", steps) as advance:
-
-        def report(figures: dict[str, Any]) -> None:
-            if "agreement" in figures:
-                console.print({key: round(value, 4) for key, value in figures.items()})
-            else:
-                advance(1)
-
-        notes = {"excluded": [path.name for path in exclude or []]}
+    loaded, texts, notes = _model_and_texts(data, exclude, model, dtype, device)
+    with _distilling(steps) as report:
         train_draft(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
+    console.print(f"written to {out}")
+
+
+@app.command("specbound")
+def train_specbound_command(
+    data: Data,
+    out: Out,
+    layers: Annotated[str, typer.Option(help="Depths that get an exit head: 3 is after 3 layers.")],
+    kind: Annotated[str, typer.Option(help="adapter, full or block.")] = "adapter",
+    rank: Annotated[int, typer.Option(help="Of the maps of kind adapter; 0 for full matrices.")] = 0,
+    vocabulary: Vocabulary = 8192,
+    steps: Steps = 20000,
+    minutes: Minutes = 0,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: Rate = 1e-3,
+    num_assistant_tokens: Tokens = 6,
+    exclude: Exclude = None,
+    resume: Resume = False,
+    seed: Seed = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Train SpecBound's exit heads on text that the model wrote; the model itself stays as it is."""
+    from .specbound import ExitTraining, train_exit_heads
+
+    settings = ExitTraining(
+        layers=tuple(int(part) for part in _floats(layers, "--layers")),
+        kind=kind,
+        rank=rank or None,
+        vocabulary_size=vocabulary or None,
+        steps=steps,
+        minutes=minutes or None,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+        num_assistant_tokens=num_assistant_tokens,
+        seed=seed,
+    )
+    loaded, texts, notes = _model_and_texts(data, exclude, model, dtype, device)
+    with _distilling(steps) as report:
+        train_exit_heads(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
     console.print(f"written to {out}")
 
 
@@ -242,6 +276,37 @@ def _score_table(scores: Sequence[Score], title: str) -> Table:
             f"{method['mean_bias']:.3f}" if "mean_bias" in method else "",
         )
     return table
+
+
+def _model_and_texts(
+    data: Sequence[Path], exclude: Sequence[Path] | None, model: str, dtype: str, device: str
+) -> tuple[PreTrainedModel, list[Text], dict[str, Any]]:
+    """Return the model, the training text without what holds a test prompt, and what to note of it."""
+    from ..bench.texts import load_prompts
+    from .data import exclude as dropped
+    from .data import load_texts
+
+    texts = load_texts(data)
+    loaded, tokenizer = load_model(model, dtype, device)
+    before = len(texts)
+    for path in exclude or []:
+        texts = dropped(texts, tokenizer, [turn for turns in load_prompts(path) for turn in turns])
+    console.print(f"{len(texts)} texts, {sum(len(t.ids) for t in texts)} tokens; {before - len(texts)} dropped")
+    return loaded, texts, {"excluded": [path.name for path in exclude or []]}
+
+
+@contextmanager
+def _distilling(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show the progress of a distillation; yields what it reports to."""
+    with _bar("training", steps) as advance:
+
+        def report(figures: dict[str, Any]) -> None:
+            if "loss" in figures:
+                advance(1)
+            else:
+                console.print({key: round(v, 4) if isinstance(v, float) else v for key, v in figures.items()})
+
+        yield report
 
 
 @contextmanager

@@ -116,9 +116,7 @@ class Teacher:
         depths (`list[int]`): which states: after how many layers, below the model's depth.
     """
 
-    def __init__(
-        self, target: PreTrainedModel, texts: Sequence[Text], gib: float, depths: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, target: PreTrainedModel, texts: Sequence[Text], gib: float, depths: Sequence[int] = ()) -> None:
         self.target, self.texts, self.depths = target, texts, list(depths)
         width = target.config.get_text_config(decoder=True).hidden_size
         self.room = int(gib * 2**30 / (2 * width * (len(self.depths) + 1)))
@@ -153,7 +151,7 @@ class Agreement:
         self.positions = 0
 
     def add(self, p: torch.Tensor, q: torch.Tensor, words: torch.Tensor | None) -> None:
-        """Add positions with the target's law `p` `[m, V]` and the student's `q` `[m, F]` over the ids `words` `[F]`."""
+        """Add positions: the target's law `p` `[m, V]`, and the student's `q` `[m, F]` over the ids `words` `[F]`."""
         choice = q.argmax(-1)
         self.agree += float(((choice if words is None else words[choice]) == p.argmax(-1)).sum())
         self.overlap += float(torch.minimum(p if words is None else p[:, words], q).sum())
@@ -332,7 +330,7 @@ def divergence(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy against given laws, with as few passes over `[m, F]` as it takes: they are most of the time."""
+    """Mean cross-entropy against given laws, in few passes over `[m, F]`, which are most of a training step."""
 
     @staticmethod
     def forward(ctx: Any, p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

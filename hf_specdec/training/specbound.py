@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..generation.exit_heads import ExitHeads
+from ..generation.exit_heads import ExitHeads, before_each
 from ..generation.layerwise import LayerCall, Layerwise
 from ..generation.specbound import SpecBoundConfig
 from .data import Text
@@ -82,11 +82,21 @@ class _Student(nn.Module):
 
     def forward(self, states: list[torch.Tensor], call: LayerCall | None, real: torch.Tensor) -> list[torch.Tensor]:
         """Return each head's logits `[positions, F]` at the real positions of the states `[b, T, H]`."""
-        found = []
-        for layer, hidden in zip(self.heads.layers, states, strict=True):
-            seen = hidden[real] if call is None else self.heads.deepen(layer, hidden, call)[real]
-            found.append(self.heads.read(layer, seen))
+        found, before = [], before_each(states[-1])
+        for layer, hidden in zip(self.heads.layers, states, strict=False):
+            if call is not None:
+                known = self._guessed(layer, hidden, before, call) if self.training else before
+                hidden = self.heads.deepen(layer, hidden, known, call)
+            found.append(self.heads.read(layer, hidden[real]))
         return found
+
+    @torch.no_grad()
+    def _guessed(self, layer: int, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return `before` with every other token's replaced by the block's own guess, as it is after a draft."""
+        guess = before_each(self.heads.head_input(layer, self.heads.deepen(layer, hidden, before, call)))
+        b, width = hidden.shape[:2]
+        places = torch.arange(b, device=hidden.device)[:, None] + torch.arange(width, device=hidden.device)
+        return torch.where((places % 2 == 0)[..., None], guess.to(before.dtype), before)
 
 
 class _ExitRun(Distillation):
@@ -115,7 +125,7 @@ class _ExitRun(Distillation):
             # the block is a copy of the last layer, and gets what that one gets
             call = self.parts.record(input_ids=ids, use_cache=False).calls[-1]
         with torch.autocast(ids.device.type, torch.bfloat16):
-            return self.student([state.to(self.target.dtype) for state in states[:-1]], call, real)
+            return self.student([state.to(self.target.dtype) for state in states], call, real)
 
     def loss(self, ids: torch.Tensor, real: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
         """Return the sum over the heads of the divergence at the real positions."""
@@ -128,6 +138,7 @@ class _ExitRun(Distillation):
     def evaluate(self) -> dict[str, Any]:
         """Compare each head with the model at the answer positions of the held-out texts."""
         found, texts = {layer: Agreement() for layer in self.heads.layers}, self.held_out
+        self.student.eval()
         whole, words = self.parts.tail(), None if self.vocabulary is None else self.vocabulary.to(self.target.device)
         for indices in batches([len(text.ids) for text in texts], self.settings.batch_tokens, 0):
             ids = padded(texts, indices, self.target.device)
@@ -138,6 +149,7 @@ class _ExitRun(Distillation):
             p = whole(states[-1][answers].to(self.target.dtype)).float().softmax(-1)
             for layer, mine in zip(self.heads.layers, self._logits(ids, states, answers), strict=True):
                 found[layer].add(p, mine.softmax(-1, dtype=torch.float32), words)
+        self.student.train()
         return {str(layer): sums.figures() for layer, sums in found.items()}
 
     def write(self, record: dict[str, Any]) -> None:
