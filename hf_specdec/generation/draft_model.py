@@ -7,6 +7,7 @@ from the target and that file: an ordinary model of the target's class, which st
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,16 @@ def cut_draft(
     return draft
 
 
+def unhook(module: torch.nn.Module) -> None:
+    """Take from a copied module what was hung on the original: hooks, and a wrapped forward, which is bound to it."""
+    module.__dict__.pop("forward", None)
+    module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+
+
 def place_layer(layer: torch.nn.Module, place: int) -> None:
-    """Tell a decoder layer that its keys and values are those of the cache's layer `place`."""
+    """Make a copied decoder layer one of its own: its keys and values are those of the cache's layer `place`."""
     for module in layer.modules():
+        unhook(module)
         if hasattr(module, "layer_idx"):
             module.layer_idx = place  # type: ignore[assignment]
 

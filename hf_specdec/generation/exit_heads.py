@@ -2,7 +2,7 @@
 
 Four kinds. `"final"` is the model's norm and head as they are (the logit lens); `"adapter"` adds a trained linear map
 between the two; `"full"` has a head of its own per layer; `"block"` runs one more decoder layer of its own, which also
-reads the LM head's input at the token before, and then the model's head. All but `"final"` are trained, the model never.
+reads the LM head's input at the token before, and then the model's head. All but `"final"` are trained.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ class _Block(nn.Module):
     def __init__(self, layer: nn.Module, norm: nn.Module, place: int, width: int) -> None:
         super().__init__()
         place_layer(layer, place)
-        self.layer, self.norm = layer, norm
         self.fuse = nn.Linear(2 * width, width, bias=False)
+        self.layer, self.norm = layer, norm
         with torch.no_grad():
             self.fuse.weight.copy_(torch.eye(width, 2 * width))
 

@@ -9,7 +9,6 @@ state. Recordings of single tokens are joined to those of longer blocks.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -22,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..kernels.step import Step
-from .draft_model import decoder_layers
+from .draft_model import decoder_layers, unhook
 from .runner import ModelRunner
 
 
@@ -172,7 +171,9 @@ class Layerwise:
         with torch.no_grad():
             device = cast(torch.Tensor, self.model.get_input_embeddings().weight).device
             tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
-            last = watched(input_ids=tokens, use_cache=False, return_dict=True).last_hidden_state
+            # the mask says that the token, which may be the padding's, is none
+            output = watched(input_ids=tokens, attention_mask=tokens + 1, use_cache=False, return_dict=True)
+        last = output.last_hidden_state
         hidden, norms = self._noted[-1][0] if self._noted else last, []
         for module, given, output in after:
             if given is hidden:
@@ -283,9 +284,8 @@ def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)  # a wrapped forward is bound to the module that it was made for
     twin._modules = children
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    unhook(twin)
     return twin
 
 

@@ -80,8 +80,11 @@ class SpecBoundConfig(SpeculationConfig):
             raise ValueError(f"`tau` must be in (0, 1), got {self.tau}.")
         if self.max_depth is not None and self.max_depth < 1:
             raise ValueError(f"`max_depth` must be at least 1, got {self.max_depth}.")
-        if isinstance(self.exit_layers, str) and self.exit_layers != "all":
-            raise ValueError(f"`exit_layers` must be depths or 'all', got {self.exit_layers!r}.")
+        depths = self.exit_layers
+        if isinstance(depths, str) and depths != "all":
+            raise ValueError(f"`exit_layers` must be depths or 'all', got {depths!r}.")
+        if isinstance(depths, (list, tuple)) and any(type(depth) is not int for depth in depths):
+            raise TypeError(f"`exit_layers` must hold whole numbers, got {depths!r}.")
         if self.sampling_draft not in _MODES:
             raise ValueError(f"`sampling_draft` must be one of {', '.join(_MODES)}, got {self.sampling_draft!r}.")
 
@@ -96,18 +99,22 @@ class SpecBoundConfig(SpeculationConfig):
         """Return the depths to test at, for a model of `layers` layers and heads at the depths `trained`."""
         bound = self.depth_bound(layers)
         if self.exit_layers is None or self.exit_layers == "all":
+            last = min(bound, layers - 1)
             if trained is not None:
-                found = [layer for layer in trained if layer <= bound]
+                found = [layer for layer in trained if layer <= last]
             elif self.exit_layers == "all":
-                found = list(range(1, bound + 1))
+                found = list(range(1, last + 1))
             else:
-                first = min(bound, max(2, layers // 8))
-                found = sorted({round(x) for x in torch.linspace(first, bound, _MOST_EXITS).tolist()})
+                first = min(last, max(2, layers // 8))
+                found = sorted({round(x) for x in torch.linspace(first, last, _MOST_EXITS).tolist()} - {0})
             if not found:
-                raise ValueError(f"`max_depth={bound}` lies above all trained exits {trained}; raise it.")
+                raise ValueError(
+                    f"`max_depth` is {bound} for a model of {layers} layers: below all exits"
+                    + (f", which were trained at {trained}." if trained else ".")
+                )
             return found
-        chosen = [int(layer) for layer in self.exit_layers]
-        check_layers(chosen, bound, "exit_layers")
+        chosen = list(self.exit_layers)
+        check_layers(chosen, min(bound, layers - 1), "exit_layers")
         if trained is not None and set(chosen) - set(trained):
             raise ValueError(f"`exit_layers` {chosen} must be among the trained ones, {trained}.")
         return chosen
@@ -136,6 +143,7 @@ class SpecBoundStrategy(SpeculationStrategy):
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
         super().__init__(config, assistant_model)
         self.guessed: list[int] = []  # depth of the head that guessed each draft of the round
+        self.judged: tuple[int, int, int] = (0, 0, 0)  # row, its columns before the round, drafts that were accepted
         self.stops: Counter[str] = Counter()
         self.exited: Counter[int] = Counter()
         self.accepted: Counter[int] = Counter()
@@ -176,6 +184,7 @@ class SpecBoundStrategy(SpeculationStrategy):
 
     def propose(self, state: DecodingState) -> Draft:
         """Push rows until one is difficult, the width is reached or the text ends."""
+        self._settle(state)
         width, self.guessed = state.draft_room(self.config.num_assistant_tokens)[0], []
         drafts: list[torch.Tensor] = []
         laws: list[torch.Tensor | None] = []
@@ -259,10 +268,19 @@ class SpecBoundStrategy(SpeculationStrategy):
         return Forward(logits, hidden if self.hidden else None)
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
-        """Judge the drafts losslessly, and count."""
+        """Judge the drafts losslessly."""
         result = super().accept(state, draft, target)
-        if draft.tokens.shape[1]:
-            self.accepted.update(self.guessed[: result.accepted[0]])
+        row = state.active[0]
+        self.judged = row, state.columns[row], result.accepted[0]
+        self._report(state)
+        return result
+
+    def _settle(self, state: DecodingState) -> None:
+        """Count what was accepted in the last round, now that nothing can be cut from it any more."""
+        row, before, accepted = self.judged
+        self.accepted.update(self.guessed[: min(accepted, state.columns[row] - before)])
+
+    def _report(self, state: DecodingState) -> None:
         state.stats.method.update(
             stop_reasons=dict(self.stops),
             exits={str(depth): self.exited[depth] for depth in self.exits},
@@ -271,7 +289,6 @@ class SpecBoundStrategy(SpeculationStrategy):
             layer_calls=self.layer_calls + self.rows.layer_calls,
             row_layers=self.row_layers + self.rows.row_layers,
         )
-        return result
 
     def commit(self, state: DecodingState, kept: list[int]) -> None:
         """Take back what was not emitted, from every layer."""
@@ -280,9 +297,12 @@ class SpecBoundStrategy(SpeculationStrategy):
             self.reader.commit(kept[0], self.rows, self.inputs)
 
     def close(self, state: DecodingState) -> None:
-        """Add up the counters of the rows so far."""
+        """End the counts of this row of the batch."""
         super().close(state)
         if hasattr(self, "rows"):
+            self._settle(state)
+            self.guessed = []
+            self._report(state)
             self.layer_calls += self.rows.layer_calls
             self.row_layers += self.rows.row_layers
             del self.rows
