@@ -37,7 +37,7 @@ def target():
 def passages():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     ids = tokenizer((TINY / "heldout.txt").read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    return [ids[1200 * place : 1200 * place + 24] for place in range(44)]
+    return [ids[480 * place : 480 * place + 24] for place in range(44)]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from ..generation.draft_model import decoder_layers
 from ..generation.exit_heads import load_exit_heads
 from ..generation.specbound import SpecBoundConfig
 from ..hub import resolve_strategy
-from .run import Arm
+from .run import Arm, make_arm
 
 
 _NO_WIDTH = 16
@@ -40,4 +40,4 @@ def specbound_arms(model: PreTrainedModel, strategy: str) -> list[Arm]:
     for layer in exits if len(exits) > 1 else []:
         variants[f"exit {layer} only"] = config.override(exit_layers=[layer], max_depth=layer)
     arms = [Arm(name, {"assistant_strategy": value}, fresh=True) for name, value in variants.items()]
-    return arms + [Arm(f"stock_early_exit@layer={layer}", {"assistant_early_exit": layer}) for layer in exits]
+    return arms + [make_arm(f"stock_early_exit@layer={layer}", None) for layer in exits]

@@ -119,7 +119,8 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     if strategy == "stock_early_exit":
         if set(settings) != {"layer"}:
             raise ValueError(f"The arm {name!r} needs its exit: `stock_early_exit@layer=3`.")
-        return Arm(name, {"assistant_early_exit": settings["layer"]})
+        # given a cache, stock 5.23 writes another text here
+        return Arm(name, {"assistant_early_exit": settings["layer"]}, fresh=True)
     config = None if strategy == "stock_assisted" else resolve_strategy(strategy, settings)
     needs = config is None or (strategy_class(config.strategy).needs_assistant and not config.brings_drafter)
     if needs and assistant is None:
