@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from hf_specdec.generation.draft_model import decoder_layers
 from hf_specdec.generation.registry import presets, strategy_class
+from hf_specdec.generation.strategy import SpeculationStrategy
 
 
 PRESETS = presets()
@@ -99,6 +101,11 @@ class PushPastText(LogitsProcessor):
         scores = scores.clone()
         scores[torch.arange(len(key)), key % scores.shape[1]] += 4.0
         return scores
+
+
+def in_turn(strategy, rows):
+    """Whether these rows are decoded one after the other, so that nothing can look at all of them column by column."""
+    return rows > 1 and not strategy_class(strategy.partition(":")[0]).batched
 
 
 @functools.cache
@@ -379,6 +386,10 @@ def test_custom_criterion_cuts_at_the_exact_token(strategy, rows, with_eos, llam
     for token in text[-1].unique().tolist()[:8]:
         kwargs = {**llama.inputs(rows), **extra, "max_new_tokens": 24, "return_dict_in_generate": True}
         theirs, ours = Stop(token, 2), Stop(token, 2)
+        if in_turn(strategy, rows):
+            with pytest.raises(ValueError, match="Stop.*one row per call"):
+                llama.ours(strategy, **kwargs, stopping_criteria=StoppingCriteriaList([ours]))
+            return
         expected = llama.stock(**kwargs, stopping_criteria=StoppingCriteriaList([theirs]))
         out = llama.ours(strategy, **kwargs, stopping_criteria=StoppingCriteriaList([ours]), tokens=5)
         assert torch.equal(out.sequences, expected.sequences), token
@@ -395,6 +406,10 @@ def test_stop_strings(strategy, rows, llama):
         two = "".join(letter(int(token)) for token in text[0, place : place + 2])
         for strings in ([one, two], one, two):
             kwargs = {**llama.inputs(rows), "max_new_tokens": 24, "stop_strings": strings, "tokenizer": tokenizer()}
+            if in_turn(strategy, rows):
+                with pytest.raises(ValueError, match="StopString.*one row per call"):
+                    llama.ours(strategy, **kwargs)
+                return
             assert torch.equal(llama.ours(strategy, **kwargs, tokens=5), llama.stock(**kwargs)), strings
 
 
@@ -501,9 +516,9 @@ def test_statistics_count_up_to_eos(strategy, llama):
 
 @every_preset
 def test_forwards_are_those_that_ran(strategy, llama):
-    """Every forward of the model is counted: one more for the prompt's head, and drafts by the model itself."""
-    calls = []
-    handle = llama.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    """Every pass through all layers is counted, also drafts by the whole model, and one more for the prompt's head."""
+    calls, cls = [], strategy_class(strategy.partition(":")[0])
+    handle = decoder_layers(llama.model)[-1].register_forward_pre_hook(lambda *_: calls.append(1))
     try:
         out = llama.ours(strategy, **llama.one, max_new_tokens=30)
         calls.clear()
@@ -511,7 +526,8 @@ def test_forwards_are_those_that_ran(strategy, llama):
     finally:
         handle.remove()
     stats = out.speculation
-    own = stats.draft_forwards if not strategy_class(strategy.partition(":")[0]).needs_assistant else 0
+    drafts_itself = cls.make_drafter is not SpeculationStrategy.make_drafter and not cls.needs_assistant
+    own = stats.draft_forwards if drafts_itself else 0
     prompt = len(calls) - stats.target_forwards - own
     assert prompt in (1, 2)
 
@@ -576,7 +592,7 @@ def test_the_model_is_as_before_after_an_exception(strategy, what, at, llama, mo
         monkeypatch.setattr(cls, "commit", commit)
     else:
         target = llama.model if what == "forward" else llama.assistant
-        hook = target.register_forward_pre_hook(lambda *_: fails.tick())
+        hook = decoder_layers(target)[-1].register_forward_pre_hook(lambda *_: fails.tick())
     try:
         with pytest.raises(KeyError, match="on purpose"):
             llama.ours(strategy, **llama.one, max_new_tokens=30, **kwargs)
