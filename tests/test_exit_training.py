@@ -198,7 +198,7 @@ def test_the_ablations_leave_out_one_part_each(target, trained):
     arms = specbound_arms(target, str(trained))
     names = [arm.name for arm in arms]
     assert names == [
-        "specbound", "without annealing", "without depth bound", "without width bound", "exit 2 only",
+        "complete", "without annealing", "without depth bound", "without width bound", "exit 2 only",
         "exit 4 only", "stock_early_exit@layer=2", "stock_early_exit@layer=4",
     ]  # fmt: skip
     for m in measure(target, ids, [make_arm("default", None), *arms], 8, 1):

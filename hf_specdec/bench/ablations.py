@@ -32,7 +32,7 @@ def specbound_arms(model: PreTrainedModel, strategy: str) -> list[Arm]:
     exits = config.exits(depth, trained)
     everywhere = trained or list(range(1, depth))
     deeper = config.override(max_depth=depth, exit_layers=everywhere)
-    variants = {"specbound": config}
+    variants = {"complete": config}
     if config.temperature(1, depth, trained is not None) > 1:
         variants["without annealing"] = config.override(alpha=0.0)
     variants["without depth bound"] = deeper

@@ -113,7 +113,7 @@ class SpecBoundConfig(SpeculationConfig):
                     + (f", which were trained at {trained}." if trained else ".")
                 )
             return found
-        chosen = list(self.exit_layers)
+        chosen = [int(depth) for depth in self.exit_layers]
         check_layers(chosen, min(bound, layers - 1), "exit_layers")
         if trained is not None and set(chosen) - set(trained):
             raise ValueError(f"`exit_layers` {chosen} must be among the trained ones, {trained}.")

@@ -15,6 +15,10 @@ from .step import Step
 _WHOLE_SHARE = 0.6
 """Share of the storage in use from which reading all of it beats reading a slice."""
 
+_GRAIN = 64
+"""Slices begin and end at multiples of this: oneDNN prepares a bf16 product anew for every shape, which takes as long as
+a whole decoder layer of a small model, so shapes should repeat from step to step."""
+
 
 def cached_attention(
     query: torch.Tensor,
@@ -48,8 +52,9 @@ def cached_attention(
     n, heads, m, _ = query.shape
     key_heads, capacity = key.shape[1], key.shape[2]
     groups = heads // key_heads
-    first = 0 if window is None else max(0, step.low + 1 - window)
-    end = capacity if first == 0 and step.high >= _WHOLE_SHARE * capacity else step.high
+    first = 0 if window is None else max(0, step.low + 1 - window) // _GRAIN * _GRAIN
+    whole = first == 0 and step.high >= _WHOLE_SHARE * capacity
+    end = capacity if whole else min(capacity, -(-step.high // _GRAIN) * _GRAIN)
     rows = groups * m
 
     # [n * h_kv, S, d] @ [n * h_kv, d, rows]; the packed group shares each key that is read
