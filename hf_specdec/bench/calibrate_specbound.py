@@ -31,7 +31,7 @@ from .run import Arm, measure
 
 
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 1.0)
-TAUS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TAUS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10)
 WORTHWHILE = 1.05
 """Predicted speed-up below which drafting is advised against."""
