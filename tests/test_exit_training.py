@@ -131,6 +131,23 @@ def test_the_command_trains_and_its_folder_is_a_strategy(target, corpus, tmp_pat
     assert torch.equal(target.generate(ids, assistant_strategy=str(out), **options), target.generate(ids, **options))
 
 
+def test_layer_calls_fall_where_the_middle_layers_have_converged():
+    model = tiny_llama(num_hidden_layers=8, hidden_size=64, vocab_size=200)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(60.0)
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+    ids = torch.randint(3, 200, (1, 12), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": 999}
+    config = SpecBoundConfig(exit_layers=[2], max_depth=2, tau=0.2)
+    out = model.generate(ids, assistant_strategy=config, return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, model.generate(ids, **options))
+    assert len(out.sequences[0, 12:].unique()) > 4, "a text that repeats one token shows nothing"
+    stats = out.speculation
+    assert stats.method["layer_calls"] / sum(stats.accept_lengths[0]) < 0.7 * 8
+
+
 # the calibrator
 
 
