@@ -679,6 +679,7 @@ def test_two_threads_with_models_that_share_a_config(strategy, attention, llama)
     other = type(model)(model.config).double().eval()
     other.generation_config = copy.deepcopy(model.generation_config)
     assert other.config is model.config
+    assistant = copy.deepcopy(llama.assistant)  # no model, assistants included, runs in two threads at once
     # float64 and left padding make eager attention NaN in stock, so the prompts are even
     ids = families.prompts((9, 9))[0]
     kwargs = {"max_new_tokens": 20, "do_sample": False}
@@ -686,7 +687,7 @@ def test_two_threads_with_models_that_share_a_config(strategy, attention, llama)
     before = model.config._attn_implementation
     for second in (
         lambda: other.generate(ids, **kwargs),
-        lambda: generate(other, strategy, ids, assistant=llama.assistant, max_new_tokens=20),
+        lambda: generate(other, strategy, ids, assistant=assistant, max_new_tokens=20),
     ):
         results = in_threads(
             lambda: generate(model, strategy, ids, assistant=llama.assistant, max_new_tokens=20), second
