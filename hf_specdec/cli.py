@@ -126,37 +126,40 @@ def bench(
     """Time strategies against stock generate() in one run, from one prefill per batch."""
     from .bench.ablations import specbound_arms
     from .bench.run import make_arm
-    from .bench.texts import long_batch
+    from .bench.texts import chat_ids, long_batch
 
     sizes, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
+    texts = _prompts(prompts, limit)
     loaded, tokenizer = load_model(model, dtype, device)
     second = load_assistant(loaded, assistant, dtype, device) if assistant else None
     names = strategies.split() if strategies is not None else ["plain"] if ablate else ["plain", "vegas"]
     arms = [make_arm(name, second) for name in dict.fromkeys(["default", "static", *names])]
     arms += specbound_arms(loaded, ablate) if ablate else []
-    chats = sorted(_chats(tokenizer, prompts, limit), key=len) if prompts is not None else []
+    chats = sorted((chat_ids(tokenizer, turns) for turns in texts), key=len)
 
     def groups_of(rows: int, length: int) -> list[torch.Tensor]:
-        if prompts is None:
+        if not texts:
             return [long_batch(tokenizer, length, rows).to(device)]
         return [group.to(device) for group in _equal_prompts(chats, rows)]
 
-    lengths = contexts if prompts is None else [0]
-    _measure(loaded, groups_of, sizes, lengths, arms, new_tokens, repeats, json_out)
+    _measure(loaded, groups_of, sizes, [0] if texts else contexts, arms, new_tokens, repeats, json_out)
 
 
 @app.command()
 def calibrate(
     strategy: Annotated[str, typer.Argument(help="The strategy to calibrate: vegas or specbound.")],
     context: Annotated[
-        str, typer.Option(help="Contexts to measure, separated by commas (vegas).")
-    ] = "512,1024,2048,4096,7900",
-    batch: Annotated[int, typer.Option(help="Rows (vegas).")] = 1,
+        str | None,
+        typer.Option(help="Contexts to measure (vegas), separated by commas; 512,1024,2048,4096,7900 by default."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows (vegas); 1 by default.")] = None,
     adapter: Annotated[str, typer.Option(help="Folder or Hub name of trained exit heads (specbound).")] = "",
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts (specbound); the built-in text by default.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="Prompts used, spread over the file (specbound).")] = 24,
+    limit: Annotated[
+        int | None, typer.Option(help="Prompts used, spread over the file (specbound); 24 by default.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded per row.")] = 64,
     repeats: Annotated[int, typer.Option(help="Timed runs of each arm.")] = 3,
     save: Annotated[
@@ -167,36 +170,43 @@ def calibrate(
     device: Device = "cpu",
 ) -> None:
     """Measure on this device from which context Vegas pays, or which settings of SpecBound pay."""
-    if strategy not in ("vegas", "specbound"):
-        raise ValueError(f"`{strategy}` can't be calibrated; allowed: vegas, specbound.")
-    if strategy == "specbound":
-        _calibrate_specbound(adapter, prompts, limit, new_tokens, repeats, save, model, dtype, device)
+    foreign: dict[str, dict[str, Any]] = {
+        "vegas": {"--adapter": adapter or None, "--prompts": prompts, "--limit": limit},
+        "specbound": {"--context": context, "--batch": batch},
+    }
+    if strategy not in foreign:
+        raise ValueError(f"`{strategy}` can't be calibrated; allowed: {', '.join(foreign)}.")
+    given = [name for name, value in foreign[strategy].items() if value is not None]
+    if given:
+        raise ValueError(f"`{given[0]}` is not an option of calibrating {strategy}.")
+    if strategy == "vegas":
+        contexts = _numbers(context or "512,1024,2048,4096,7900", "--context")
+        loaded, tokenizer = load_model(model, dtype, device)
+        _calibrate_vegas(loaded, tokenizer, contexts, batch or 1, new_tokens, repeats, save)
         return
-    if adapter or prompts is not None:
-        raise ValueError("`--adapter` and `--prompts` are for specbound; vegas takes `--context`.")
-    _calibrate_vegas(_numbers(context, "--context"), batch, new_tokens, repeats, save, model, dtype, device)
+    texts = _prompts(prompts, 24 if limit is None else limit)
+    loaded, tokenizer = load_model(model, dtype, device)
+    _calibrate_specbound(loaded, tokenizer, adapter, texts, limit or 24, new_tokens, repeats, save)
 
 
 def _calibrate_vegas(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     contexts: list[int],
     batch: int,
     new_tokens: int,
     repeats: int,
     save: Path | None,
-    model: str,
-    dtype: str,
-    device: str,
 ) -> None:
     from .bench.calibrate import calibrate_vegas
     from .bench.texts import long_batch
     from .generation.vegas import VegasConfig
 
-    loaded, tokenizer = load_model(model, dtype, device)
     with progress_bar() as progress:
         task = progress.add_task("calibrating", total=len(contexts) * 2 * (repeats + 1))
         found, rows = calibrate_vegas(
-            loaded,
-            lambda length: long_batch(tokenizer, length, batch).to(device),
+            model,
+            lambda length: long_batch(tokenizer, length, batch).to(model.device),
             contexts,
             new_tokens=new_tokens,
             repeats=repeats,
@@ -224,33 +234,32 @@ def _calibrate_vegas(
 
 
 def _calibrate_specbound(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     adapter: str,
-    prompts: Path | None,
+    texts: list[list[str]],
     limit: int,
     new_tokens: int,
     repeats: int,
     save: Path | None,
-    model: str,
-    dtype: str,
-    device: str,
 ) -> None:
+    import torch
+
     from .bench.calibrate_specbound import WORTHWHILE, calibrate_specbound
-    from .bench.texts import long_prompt
+    from .bench.texts import chat_ids, long_prompt
     from .generation.adapters import write_config
     from .generation.specbound import SpecBoundConfig
 
-    loaded, tokenizer = load_model(model, dtype, device)
-    if prompts is None:
-        rows = [long_prompt(tokenizer, 256, offset) for offset in range(limit)]
+    if texts:
+        rows = [chat_ids(tokenizer, turns) for turns in texts]
     else:
-        rows = _chats(tokenizer, prompts, limit)
-    tensors = [_tensor(row).to(device) for row in rows]
+        rows = [long_prompt(tokenizer, 256, offset) for offset in range(limit)]
     with progress_bar() as progress:
         task = progress.add_task("calibrating", total=len(rows) + 2 * (repeats + 1))
         chosen, predicted, costs = calibrate_specbound(
-            loaded,
+            model,
             SpecBoundConfig(adapter=adapter or None),
-            tensors,
+            [torch.tensor([row], device=model.device) for row in rows],
             new_tokens=new_tokens,
             repeats=repeats,
             progress=_advance(progress, task),
@@ -271,19 +280,12 @@ def _calibrate_specbound(
         console.print(f"saved to {save}")
 
 
-def _chats(tokenizer: PreTrainedTokenizerBase, path: Path, limit: int) -> list[list[int]]:
-    """Return the ids of a file's prompts as chats: `limit` of them, spread over the file, or all for 0."""
-    from .bench.texts import chat_ids, load_prompts
+def _prompts(path: Path | None, limit: int) -> list[list[str]]:
+    """Return the turns of `limit` of a file's prompts, spread over it, or of all for 0; none without a file."""
+    from .bench.texts import load_prompts
 
-    texts = load_prompts(path)
-    spread = [texts[i * len(texts) // limit] for i in range(limit)] if 0 < limit < len(texts) else texts
-    return [chat_ids(tokenizer, turns) for turns in spread]
-
-
-def _tensor(row: list[int]) -> torch.Tensor:
-    import torch
-
-    return torch.tensor([row])
+    texts = load_prompts(path) if path is not None else []
+    return [texts[i * len(texts) // limit] for i in range(limit)] if 0 < limit < len(texts) else texts
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -131,6 +131,15 @@ def test_the_command_trains_and_its_folder_is_a_strategy(target, corpus, tmp_pat
     assert torch.equal(target.generate(ids, assistant_strategy=str(out), **options), target.generate(ids, **options))
 
 
+def test_heads_follow_a_model_that_was_cast_after_they_were_loaded(trained):
+    model = AutoModelForCausalLM.from_pretrained(TINY / "target", dtype=torch.bfloat16).eval()
+    config, ids = SpecBoundConfig(adapter=str(trained), tau=0.3), torch.tensor([[5, 6, 7, 8]])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    model.generate(ids, assistant_strategy=config, **options)
+    model.float()
+    assert torch.equal(model.generate(ids, assistant_strategy=config, **options), model.generate(ids, **options))
+
+
 def test_layer_calls_fall_where_the_middle_layers_have_converged():
     model = tiny_llama(num_hidden_layers=8, hidden_size=64, vocab_size=200)
     with torch.no_grad():
@@ -253,6 +262,9 @@ def test_calibrated_settings_can_be_written_into_the_adapter(target, trained, tm
 def test_the_command_calibrates_and_refuses(monkeypatch, tmp_path):
     for arguments in (
         ["calibrate", "vegas", "--adapter", "x"],
+        ["calibrate", "vegas", "--limit", "3"],
+        ["calibrate", "specbound", "--context", "512"],
+        ["calibrate", "specbound", "--prompts", str(tmp_path / "nowhere.jsonl")],
         ["calibrate", "specbound", "--adapter", str(tmp_path / "nowhere")],
         ["bench", "--ablate", "vegas"],
     ):

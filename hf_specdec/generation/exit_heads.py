@@ -21,7 +21,7 @@ from ..configuration import SpeculationConfig
 from ..kernels.step import Step
 from .adapters import Adapter, check_model, describe, load_once, write_adapter
 from .draft_model import place_layer
-from .layerwise import LayerCall, Layerwise, Recording, Rows
+from .layerwise import LayerCall, Layerwise, Recording, Rows, run_layer
 from .vocabulary import ReducedHead
 
 
@@ -166,8 +166,7 @@ class _Block(nn.Module):
 
     def forward(self, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Return the decoder layer's output; see `ExitHeads.deepen`."""
-        output = self.layer(self.fuse(torch.cat([hidden, before], dim=-1)), *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return run_layer(self.layer, self.fuse(torch.cat([hidden, before], dim=-1)), call)
 
 
 class _Inside(nn.Module):
@@ -215,7 +214,9 @@ def load_exit_heads(model: PreTrainedModel, name_or_path: str) -> ExitHeads:
         heads.own.load_state_dict(tensors, strict=False)  # buffers, if a layer has some, are as the model's
         return heads.eval().requires_grad_(False)
 
-    return load_once(model, KIND, name_or_path, build)
+    weight = cast(torch.Tensor, model.get_output_embeddings().weight)
+    # the model may have been moved or cast since they were loaded
+    return load_once(model, KIND, name_or_path, build).to(device=weight.device, dtype=weight.dtype)
 
 
 class _BlockText:

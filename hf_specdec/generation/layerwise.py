@@ -44,6 +44,16 @@ class Recording(NamedTuple):
     calls: list[LayerCall]
 
 
+def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """Return `layer`'s output `[n, m, H]` for `hidden` `[n, m, H]`."""
+    return _states(layer(hidden, *call.args, **call.kwargs))
+
+
+def _states(output: Any) -> torch.Tensor:
+    """Return the hidden states in what a decoder layer returned, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 _checked: WeakSet[PreTrainedModel] = WeakSet()
 
 
@@ -80,11 +90,6 @@ class Layerwise:
         self._recorder(**inputs, return_dict=True)
         noted = list(self._noted)
         return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
-
-    def run(self, layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Return `layer`'s output `[n, m, H]` for `hidden` `[n, m, H]`."""
-        output = layer(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
 
     def compare(self, one: Recording, two: Recording) -> None:
         """Learn from recordings of one token and of two where in the arguments the tokens lie; `join` needs it."""
@@ -175,10 +180,10 @@ class Layerwise:
             output = watched(input_ids=tokens, attention_mask=tokens + 1, use_cache=False, return_dict=True)
         last = output.last_hidden_state
         hidden, norms = self._noted[-1][0] if self._noted else last, []
-        for module, given, output in after:
+        for module, given, result in after:
             if given is hidden:
                 norms.append(module)
-                hidden = output
+                hidden = result
         same = hidden.data_ptr() == last.data_ptr() and hidden.shape == last.shape  # some reshape it to what it was
         if not same or len(self._noted) != len(self.layers):
             raise ValueError(
@@ -242,7 +247,7 @@ class Rows:
         else:
             call = self.parts.join(layer, self.recordings[first:], self.runner.cache, step)
         rows = self.states[:, first:count]
-        rows.copy_(self.parts.run(self.parts.layers[layer], rows, call))
+        rows.copy_(run_layer(self.parts.layers[layer], rows, call))
         self.depths[first:] = [layer + 1] * (count - first)
         self.layer_calls += 1
         self.row_layers += count - first
@@ -255,7 +260,7 @@ def watched(model: PreTrainedModel, depths: Sequence[int]) -> Iterator[dict[int,
     found: dict[int, torch.Tensor] = {}
 
     def take(depth: int, output: Any) -> None:
-        states = output[0] if isinstance(output, tuple) else output
+        states = _states(output)
         found[depth] = torch.cat([found[depth], states], dim=1) if depth in found else states
 
     layers = decoder_layers(model)

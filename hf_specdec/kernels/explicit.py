@@ -16,8 +16,8 @@ _WHOLE_SHARE = 0.6
 """Share of the storage in use from which reading all of it beats reading a slice."""
 
 _GRAIN = 64
-"""Slices begin and end at multiples of this: oneDNN prepares a bf16 product anew for every shape, which takes about as
-long as a decoder layer of a small model, so shapes should repeat from step to step."""
+"""Slices begin and end at multiples of this: oneDNN prepares a bf16 product anew for every shape, and the two of one
+attention then take about as long as a decoder layer of a small model. So shapes should repeat from step to step."""
 
 
 def cached_attention(
