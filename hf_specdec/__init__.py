@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from .generation.ensemble_head import DiversedHead
     from .generation.loop import DecodingLoop
     from .generation.plain import PlainConfig
+    from .generation.prompt_lookup import PromptLookupConfig
     from .generation.specbound import SpecBoundConfig
     from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
     from .generation.vegas import VegasConfig
+    from .generation.via_sd import ViaSDConfig, ViaSDQualityError
     from .hub import save_strategy
     from .integration import decoding_loop, install, uninstall
 
@@ -34,11 +36,14 @@ _EXPORTS = {
     "DiversedConfig": "generation.diversed",
     "DiversedHead": "generation.ensemble_head",
     "PlainConfig": "generation.plain",
+    "PromptLookupConfig": "generation.prompt_lookup",
     "SpecBoundConfig": "generation.specbound",
     "SpeculationConfig": "configuration",
     "SpeculationOutput": "generation.stats",
     "SpeculationStats": "generation.stats",
     "VegasConfig": "generation.vegas",
+    "ViaSDConfig": "generation.via_sd",
+    "ViaSDQualityError": "generation.via_sd",
     "decoding_loop": "integration",
     "install": "integration",
     "load_draft": "generation.draft_model",
@@ -54,11 +59,14 @@ __all__ = [
     "DiversedConfig",
     "DiversedHead",
     "PlainConfig",
+    "PromptLookupConfig",
     "SpecBoundConfig",
     "SpeculationConfig",
     "SpeculationOutput",
     "SpeculationStats",
     "VegasConfig",
+    "ViaSDConfig",
+    "ViaSDQualityError",
     "decoding_loop",
     "install",
     "load_draft",

@@ -139,8 +139,8 @@ class SpeculationConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(values).__name__}.")
         if isinstance(values.get("adapter"), dict):  # the record of an adapter that lies beside this file
-            if not folder.is_dir():
-                hf_hub_download(str(name_or_path), ADAPTER_NAME, **hub_kwargs)
+            for name in [] if folder.is_dir() else values["adapter"].get("files", [ADAPTER_NAME]):
+                hf_hub_download(str(name_or_path), name, **hub_kwargs)
             values["adapter"] = str(path.parent)
         return cls.from_dict(values)
 

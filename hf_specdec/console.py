@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 
 if TYPE_CHECKING:
@@ -66,3 +67,27 @@ def write_json(path: Path, measurements: list[Any]) -> None:
     values = {"command": command, "environment": environment(), "measurements": measurements}
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
+
+
+def read_prompts(path: Path | None, limit: int) -> list[list[str]]:
+    """Return the turns of `limit` of a file's prompts, spread over it, or of all for 0; none without a file."""
+    from .bench.texts import load_prompts
+
+    texts = load_prompts(path) if path is not None else []
+    return [texts[i * len(texts) // limit] for i in range(limit)] if 0 < limit < len(texts) else texts
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Return the positive numbers that an option lists, separated by commas."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"`{option}` takes numbers separated by commas, got {text!r}.") from error
+    if min(found) < 1:
+        raise ValueError(f"`{option}` takes numbers of at least 1, got {text!r}.")
+    return found
+
+
+def advancing(progress: Progress, task: TaskID) -> Callable[[Any], None]:
+    """Return a function that advances a bar by one, whatever it is told."""
+    return lambda _: progress.advance(task)

@@ -124,12 +124,20 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
         changes |= {"weight": 1.0}
     if config.strategy == "specbound":
         changes |= {"max_depth": 1, "tau": 0.1}
+    if config.strategy == "via_sd":
+        # of two layers, the first one's MLP may be left out; flat random laws must not end every stage at once
+        changes |= {"granularity": "sublayer", "keep_mask": [True, False, True, True], "stage_stop_conf": 0.0}
+        changes |= {"stage_len": 5, "regen_min_conf": 0.0, "tau_accept": 0.5, "tau_escalate": 0.2}
+    if strategy in ("via_sd:safe", "via_sd:paper"):
+        everything = {"tau_accept": 1.01, "tau_escalate": 1.01, "bonus_min_conf": 1.01, "alpha1": None, "alpha2": None}
+        changes |= {"force": True, "lossy_level": 0.8, **everything}  # every draft is escalated
     return config.override(**changes)
 
 
 def extras(strategy: str, assistant: PreTrainedModel) -> dict[str, Any]:
     """Return the keywords that a strategy needs beside its config."""
-    return {"assistant_model": assistant} if strategy_class(strategy.partition(":")[0]).needs_assistant else {}
+    needs = strategy_class(strategy.partition(":")[0]).needs_assistant and not preset(strategy).brings_drafter
+    return {"assistant_model": assistant} if needs else {}
 
 
 def generate(model: Any, strategy: str, *args: Any, assistant: Any = None, tokens: int = 3, **kwargs: Any) -> Any:

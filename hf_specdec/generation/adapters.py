@@ -95,13 +95,20 @@ def write_adapter(
         record (`dict`): at least `kind`; the format's version is added.
         tensors (`dict[str, torch.Tensor]`): what to store.
     """
+    write_record(folder, config, record)
+    save_file(
+        {name: value.contiguous().cpu() for name, value in tensors.items()},
+        Path(folder) / ADAPTER_NAME,
+        {"format": "pt"},
+    )
+
+
+def write_record(folder: str | Path, config: SpeculationConfig, record: dict[str, Any]) -> None:
+    """Write settings with the record of an adapter; `record["files"]` names its files, if not the usual one."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     values = {**config.to_dict(), "adapter": {"format_version": FORMAT_VERSION, **record}}
     (path / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    save_file(
-        {name: value.contiguous().cpu() for name, value in tensors.items()}, path / ADAPTER_NAME, {"format": "pt"}
-    )
 
 
 def write_config(folder: str | Path, config: SpeculationConfig) -> None:
@@ -111,10 +118,11 @@ def write_config(folder: str | Path, config: SpeculationConfig) -> None:
         ValueError: for settings of another strategy than the adapter's.
     """
     path = Path(folder)
-    if not (path / ADAPTER_NAME).is_file():
+    file = path / CONFIG_NAME
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(noted.get("adapter"), dict):
         config.save_pretrained(path)
         return
-    noted = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     if noted["strategy"] != config.strategy:
         raise ValueError(f"{str(path)!r} holds an adapter of {noted['strategy']!r}, not of {config.strategy!r}.")
     values = {**config.to_dict(), "adapter": noted["adapter"]}
@@ -133,11 +141,15 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
         if str(name_or_path).count("/") != 1:
             raise FileNotFoundError(f"`adapter={str(name_or_path)!r}` is neither a folder nor a Hub repository.")
         folder = Path(hf_hub_download(str(name_or_path), CONFIG_NAME)).parent
-        hf_hub_download(str(name_or_path), ADAPTER_NAME)
-    for name in (CONFIG_NAME, ADAPTER_NAME):
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {CONFIG_NAME}.")
+    record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("adapter")
+    files = record.get("files", [ADAPTER_NAME]) if isinstance(record, dict) else [ADAPTER_NAME]
+    for name in files:
+        if not Path(name_or_path).is_dir():
+            hf_hub_download(str(name_or_path), name)
         if not (folder / name).is_file():
             raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {name}.")
-    record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("adapter")
     if not isinstance(record, dict) or record.get("kind") != kind:
         found = record.get("kind") if isinstance(record, dict) else None
         raise ValueError(f"{str(folder)!r} holds an adapter of kind {found!r}; needed: {kind!r}.")
@@ -146,7 +158,7 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
             f"The adapter in {str(folder)!r} has format version {record.get('format_version')!r}; this release reads "
             f"{FORMAT_VERSION}."
         )
-    return Adapter(record, load_file(folder / ADAPTER_NAME), folder)
+    return Adapter(record, load_file(folder / ADAPTER_NAME) if ADAPTER_NAME in files else {}, folder)
 
 
 _loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], Any]] = WeakKeyDictionary()
@@ -156,8 +168,9 @@ def load_once(model: PreTrainedModel, kind: str, name_or_path: str, build: Calla
     """Return `build(adapter)`, built once per model, kind and file as it is on disk."""
     folder = Path(name_or_path)
     where = str(name_or_path)
-    if (folder / ADAPTER_NAME).is_file():
-        where = f"{folder.resolve()} {(folder / ADAPTER_NAME).stat().st_mtime_ns}"
+    if (folder / CONFIG_NAME).is_file():
+        files = [folder / CONFIG_NAME, *sorted(folder.rglob("*.safetensors"))]
+        where = f"{folder.resolve()} {[file.stat().st_mtime_ns for file in files]}"
     built = _loaded.setdefault(model, {})
     if (kind, where) not in built:
         built[kind, where] = build(read_adapter(name_or_path, kind))

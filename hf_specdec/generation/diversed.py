@@ -26,9 +26,8 @@ from transformers.utils import logging
 
 from ..configuration import SpeculationConfig
 from . import acceptance
-from .drafting import AssistantDrafter
+from .drafting import AssistantDrafter, chosen_drafter
 from .ensemble_head import DiversedHead, load_head
-from .registry import strategy_class
 from .runner import Forward
 from .state import DecodingState
 from .strategy import Draft, Drafter, SpeculationStrategy, StepResult
@@ -128,20 +127,16 @@ class DiversedStrategy(SpeculationStrategy):
     def make_drafter(self) -> Drafter:
         """Return the configured drafter, the assistant's by default."""
         chosen = self.config.drafter
-        if chosen is None:
-            return AssistantDrafter(cast(PreTrainedModel, self.assistant_model), self.config.num_assistant_tokens)
-        chosen = chosen.override(num_assistant_tokens=self.config.num_assistant_tokens)
-        drafter = strategy_class(chosen.strategy)(chosen, self.assistant_model).drafter
-        if drafter is None:
-            raise ValueError(f"`drafter` must be a strategy that drafts, got {chosen.strategy!r}.")
+        drafter = chosen_drafter(chosen, self.assistant_model, self.config.num_assistant_tokens)
+        name = "assisted" if chosen is None else chosen.strategy
         if self.config.adapter is not None and not drafter.gives_hidden:
             raise ValueError(
                 f"`adapter` needs a drafter with hidden states of its own, such as an assistant model; "
-                f"{chosen.strategy!r} gives none. Use a fixed `weight` with it."
+                f"{name!r} gives none. Use a fixed `weight` with it."
             )
         if self.config.bonus == "mixture" and not drafter.looks_ahead:
             raise ValueError(
-                f"`bonus='mixture'` needs one more draft than is verified, which {chosen.strategy!r} can't give; "
+                f"`bonus='mixture'` needs one more draft than is verified, which {name!r} can't give; "
                 "allowed: 'target'."
             )
         return drafter

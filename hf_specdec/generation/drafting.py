@@ -2,120 +2,73 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
+from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
 from . import admission
 from .draft_model import load_draft
+from .registry import strategy_class
 from .runner import ModelRunner
 from .state import DecodingState
 from .strategy import Draft, Drafter
 from .vocabulary import pad_vocabulary, vocabulary_width
 
 
-class AssistantDrafter(Drafter):
-    """Drafts with `model`, which must share the target's vocabulary (unequal padding of the embedding is allowed).
+class Reader:
+    """A second model that reads the text behind the target, with a ragged cache of its own.
 
     Args:
-        model (`PreTrainedModel` or `str`): the assistant, or where one is saved that was cut from the target.
-        num_assistant_tokens (`int`): draft tokens per round at most.
+        runner (`ModelRunner`): the model with its cache.
+        known (`list[int]`): per slot, tokens whose keys and values the cache holds, during a round drafts included.
     """
 
-    gives_hidden = True
-    looks_ahead = True
+    def __init__(self, runner: ModelRunner, known: list[int]) -> None:
+        self.runner, self.known = runner, known
+        runner.cache.set_lengths(known)
 
-    def __init__(self, model: PreTrainedModel | str, num_assistant_tokens: int) -> None:
-        self.source, self.limit = model, num_assistant_tokens
-        # per slot: tokens whose keys and values the assistant's cache holds, during a round draft tokens included
-        self.known: list[int] = []
-        self.model: PreTrainedModel
-        self.runner: ModelRunner
+    @classmethod
+    def read_prompts(
+        cls, state: DecodingState, model: PreTrainedModel, capacity: int, windows: list[int | None], layers: int | None
+    ) -> Reader:
+        """Return a reader that has read all prompt tokens but the last one, with the model's own attention.
 
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Load the assistant where it has to be, and check that it can draft for `model`."""
-        self.model = load_draft(model, self.source) if isinstance(self.source, str) else self.source
-        admission.check_assistant(model, self.model)
-
-    def setup(self, state: DecodingState) -> None:
-        """Make the assistant's cache for the active rows.
+        Args:
+            capacity (`int`): slots per row.
+            windows (`list[int | None]`): per layer its sliding window.
+            layers (`int`, *optional*): layers whose attention runs; all by default.
 
         Raises:
             ValueError: if an earlier turn's cache was given with the new tokens only. It holds the target's states, so
-                the assistant has to read the whole text.
+                the reader has to read the whole text.
         """
-        if state.prompt.past is not None and state.prompt.mask.shape[1] != state.prompt.ids.shape[1]:
-            raise ValueError(
-                "With `assistant_model` and `past_key_values`, give the whole text as `input_ids`, not only what "
-                "is new."
-            )
-        capacity = state.max_length + self.limit + 1
-        cache = SpeculativeCache(admission.layer_windows(self.model, "assistant_model"), len(state.active), capacity)
-        self.runner = ModelRunner(self.model, cache, state.max_length)
-        self.width = vocabulary_width(state.model)
-        state.followers += [cache, self]
-
-    def prefill(self, state: DecodingState) -> None:
-        """Read all prompt tokens but the last one with the assistant's own attention."""
-        ends = [length - 1 for length in (state.prompt.lengths[row] for row in state.active)]
+        check_whole_text(state)
+        runner = ModelRunner(model, SpeculativeCache(windows, len(state.active), capacity), state.max_length, layers)
+        ends = [state.prompt.lengths[row] - 1 for row in state.active]
         if max(ends):
-            tokens = state.text[state.active][:, : max(ends)].to(self.runner.device)
-            self.runner.prefill(tokens, 0, state.generation_config.prefill_chunk_size)
-        self.known = ends
-        self.runner.cache.set_lengths(ends)
-        state.contexts.enter_context(speculative_attention(self.model))
+            tokens = state.text[state.active][:, : max(ends)].to(runner.device)
+            runner.prefill(tokens, 0, state.generation_config.prefill_chunk_size)
+        return cls(runner, ends)
 
-    def propose(self, state: DecodingState) -> Draft:
-        """Draft up to the limit, all rows in lock-step; the first forward also reads what the cache lacks."""
-        counts = state.draft_room(self.limit)
-        length = max(counts)
-        if not length:
-            return Draft.empty(state)
-        drafts = state.pending[:, :0]
-        tokens, starts = self._unread(state, drafts, [0] * len(counts))
-        laws, states = [], []
-        for _ in range(length):
-            state.stats.draft_forwards += 1
-            output = self.runner.forward(tokens, starts, hidden=self.hidden)
-            logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
-            choice, law = state.choose(state.process_next(logits, drafts))
-            drafts = torch.cat([drafts, choice[:, None]], dim=1)
-            starts = [start + tokens.shape[1] for start in starts]
-            tokens = choice[:, None]
-            if law is not None:
-                laws.append(law)
-            if output.hidden is not None:
-                states.append(output.hidden[:, -1])
-        self.known = starts
-        return Draft(
-            drafts, counts, torch.stack(laws, dim=1) if laws else None, torch.stack(states, dim=1) if states else None
-        )
-
-    def _unread(self, state: DecodingState, drafts: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
+    def unread(self, state: DecodingState, drafts: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
         """Return what the cache lacks of the text and each row's first `counts[i]` drafts, and where it starts.
 
         All rows get one width, ending at their last token: a row that lacks less reads some tokens again.
         """
         ends = [length + count for length, count in zip(state.committed, counts, strict=True)]
+        if max(end - known for end, known in zip(ends, self.known, strict=False)) > min(state.committed):
+            # the neediest row lacks more tokens than the shortest row has: first bring all up to the newest token
+            known = [count - 1 for count in state.committed]
+            self.runner.extend(state.text[state.active], self.known[: len(known)], known, 1 + max(known))
+            self.known = known
         width = max(end - min(known, end - 1) for end, known in zip(ends, self.known, strict=False))
         text = torch.cat([state.tail(width), drafts], dim=1)
         places = torch.tensor(counts, device=text.device)[:, None] + torch.arange(width, device=text.device)
         return text.gather(1, places), [end - width for end in ends]
-
-    def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read each row's last draft too, and return the law of what would follow."""
-        state.stats.draft_forwards += 1
-        tokens, starts = self._unread(state, draft.tokens, draft.counts)
-        output = self.runner.forward(tokens, starts, hidden=self.hidden)
-        logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
-        ends = [start + tokens.shape[1] for start in starts]
-        self.known = [max(known, end) for known, end in zip(self.known, ends, strict=False)]
-        laws = torch.empty(logits.shape, device=logits.device)
-        for count in set(draft.counts):
-            rows = [row for row, drafted in enumerate(draft.counts) if drafted == count]
-            laws[rows] = state.law(state.process_next(logits, draft.tokens[:, :count])[rows])
-        return laws, None if output.hidden is None else output.hidden[:, -1]
 
     def commit(self, state: DecodingState) -> None:
         """Keep what both the cache and the text have: not the newest token, nor a last draft token, never fed."""
@@ -126,3 +79,129 @@ class AssistantDrafter(Drafter):
     def swap(self, i: int, j: int) -> None:
         """Exchange the slots i and j."""
         self.known[i], self.known[j] = self.known[j], self.known[i]
+        self.runner.cache.swap(i, j)
+
+
+def check_whole_text(state: DecodingState) -> None:
+    """Raise `ValueError` for an earlier turn's cache with the new tokens only, where a second model has to read all."""
+    if state.prompt.past is not None and state.prompt.mask.shape[1] != state.prompt.ids.shape[1]:
+        raise ValueError(
+            "With a second model that reads the text and `past_key_values`, give the whole text as `input_ids`, not "
+            "only what is new."
+        )
+
+
+class AssistantDrafter(Drafter):
+    """Drafts with `model`, which must share the target's vocabulary (unequal padding of the embedding is allowed).
+
+    Args:
+        model (`PreTrainedModel` or `str`): the assistant, or where one is saved that was cut from the target.
+        num_assistant_tokens (`int`): draft tokens per round at most.
+        stop (`float`, *optional*, defaults to 0.0): a row stops drafting after a token of less probability.
+    """
+
+    gives_hidden = True
+    looks_ahead = True
+
+    def __init__(self, model: PreTrainedModel | str, num_assistant_tokens: int, stop: float = 0.0) -> None:
+        self.source, self.limit, self.stop = model, num_assistant_tokens, stop
+        self.model: PreTrainedModel
+        self.reader: Reader
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Load the assistant where it has to be, and check that it can draft for `model`."""
+        self.model = load_draft(model, self.source) if isinstance(self.source, str) else self.source
+        admission.check_assistant(model, self.model)
+
+    def setup(self, state: DecodingState) -> None:
+        """Note the target's vocabulary, and refuse a text that the assistant can't read."""
+        check_whole_text(state)
+        self.width = vocabulary_width(state.model)
+
+    def prefill(self, state: DecodingState) -> None:
+        """Read all prompt tokens but the last one with the assistant's own attention."""
+        windows = admission.layer_windows(self.model, "assistant_model")
+        self.reader = Reader.read_prompts(state, self.model, state.max_length + self.limit + 1, windows, None)
+        state.followers.append(self.reader)
+        state.contexts.enter_context(speculative_attention(self.model))
+
+    def propose(self, state: DecodingState) -> Draft:
+        """Draft up to the limit, all rows in lock-step; the first forward also reads what the cache lacks."""
+        counts = state.draft_room(self.limit)
+        if not max(counts):
+            return Draft.empty(state)
+        drafts, reader = state.pending[:, :0], self.reader
+        tokens, starts = reader.unread(state, drafts, [0] * len(counts))
+        laws, states = [], []
+        while drafts.shape[1] < max(counts):
+            state.stats.draft_forwards += 1
+            output = reader.runner.forward(tokens, starts, hidden=self.hidden)
+            logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
+            scores = state.process_next(logits, drafts)
+            choice, law = state.choose(scores)
+            drafts = torch.cat([drafts, choice[:, None]], dim=1)
+            starts = [start + tokens.shape[1] for start in starts]
+            tokens = choice[:, None]
+            if law is not None:
+                laws.append(law)
+            if output.hidden is not None:
+                states.append(output.hidden[:, -1])
+            if self.stop:
+                unsure = (state.law(scores).gather(1, tokens)[:, 0] < self.stop).tolist()
+                made = drafts.shape[1]
+                counts = [min(count, made) if stop else count for count, stop in zip(counts, unsure, strict=True)]
+        reader.known = starts
+        return Draft(
+            drafts, counts, torch.stack(laws, dim=1) if laws else None, torch.stack(states, dim=1) if states else None
+        )
+
+    def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read each row's last draft too, and return the law of what would follow."""
+        reader = self.reader
+        state.stats.draft_forwards += 1
+        tokens, starts = reader.unread(state, draft.tokens, draft.counts)
+        output = reader.runner.forward(tokens, starts, hidden=self.hidden)
+        logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
+        ends = [start + tokens.shape[1] for start in starts]
+        reader.known = [max(known, end) for known, end in zip(reader.known, ends, strict=False)]
+        laws = torch.empty(logits.shape, device=logits.device)
+        for count in set(draft.counts):
+            rows = [row for row, drafted in enumerate(draft.counts) if drafted == count]
+            laws[rows] = state.law(state.process_next(logits, draft.tokens[:, :count])[rows])
+        return laws, None if output.hidden is None else output.hidden[:, -1]
+
+    def commit(self, state: DecodingState) -> None:
+        """Keep what both the cache and the text have."""
+        self.reader.commit(state)
+
+
+class NoDrafter(Drafter):
+    """Drafts nothing."""
+
+    law = "point"
+
+    def propose(self, state: DecodingState) -> Draft:
+        """Return no drafts."""
+        return Draft.empty(state)
+
+
+def chosen_drafter(
+    chosen: SpeculationConfig | None,
+    assistant: PreTrainedModel | None,
+    num_assistant_tokens: int,
+    stop: float = 0.0,
+) -> Drafter:
+    """Return the drafter that a config's field `drafter` names, the assistant's by default.
+
+    Raises:
+        ValueError: for a strategy that doesn't draft apart from verifying.
+    """
+    if chosen is None:
+        return AssistantDrafter(cast(PreTrainedModel, assistant), num_assistant_tokens, stop)
+    chosen = chosen.override(num_assistant_tokens=num_assistant_tokens)
+    drafter = strategy_class(chosen.strategy)(chosen, assistant).drafter
+    if drafter is None:
+        raise ValueError(f"`drafter` must be a strategy that drafts, got {chosen.strategy!r}.")
+    if stop and isinstance(drafter, AssistantDrafter):
+        drafter.stop = stop
+    return drafter

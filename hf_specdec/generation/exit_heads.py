@@ -22,7 +22,7 @@ from ..kernels.step import Step
 from .adapters import Adapter, check_model, describe, load_once, write_adapter
 from .draft_model import place_layer
 from .layerwise import LayerCall, Layerwise, Recording, Rows, run_layer
-from .vocabulary import ReducedHead
+from .vocabulary import InsideHead, ReducedHead
 
 
 KIND = "exit_heads"
@@ -95,7 +95,7 @@ class ExitHeads(nn.Module):
     @property
     def inside(self) -> nn.Module | None:
         """The model's LM head over the words that can be guessed; `None` where that is the model's own."""
-        return None if self.reduced is None else _Inside(self.reduced)
+        return None if self.reduced is None else InsideHead(self.reduced)
 
     def deepen(self, layer: int, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Return the output `[n, m, H]` of an exit's block.
@@ -167,17 +167,6 @@ class _Block(nn.Module):
     def forward(self, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Return the decoder layer's output; see `ExitHeads.deepen`."""
         return run_layer(self.layer, self.fuse(torch.cat([hidden, before], dim=-1)), call)
-
-
-class _Inside(nn.Module):
-    """A reduced head without the scattering."""
-
-    def __init__(self, head: ReducedHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.head.reduced(hidden)
 
 
 def before_each(inputs: torch.Tensor) -> torch.Tensor:

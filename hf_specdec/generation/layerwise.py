@@ -79,7 +79,7 @@ class Layerwise:
         if base is model:
             raise ValueError(f"{type(model).__name__} has no base model below its head, so it can't be run by layers.")
         self._noted: list[Any] = []
-        recorders = nn.ModuleList(_Proxy(layer, self._note) for layer in self.layers)
+        recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
         self.norm = self._probe(base)
         self._row_dims: list[Any] = []
@@ -169,8 +169,8 @@ class Layerwise:
                 after.append((module, args[0] if args else None, output))
             return output
 
-        recorders = nn.ModuleList(_Proxy(layer, self._note) for layer in self.layers)
-        outside = {id(module): _Proxy(module, watch) for module in _beside(base, self.layers)}
+        recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
+        outside = {id(module): Proxy(module, watch) for module in _beside(base, self.layers)}
         watched = cast(Callable[..., Any], exchanged(base, {**outside, id(self.layers): recorders}))
         self._noted.clear()
         with torch.no_grad():
@@ -294,7 +294,7 @@ def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
     return twin
 
 
-class _Proxy(nn.Module):
+class Proxy(nn.Module):
     """Stands in for a module: calls go to `run(module, ...)`, attributes come from the module."""
 
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:

@@ -95,7 +95,7 @@ class DecodingLoop:
         if keep_cache or emitter.collected:
             with speculative_attention(model):
                 for target, order in finished:
-                    self._complete(state, emitter, target, order, end)
+                    self._complete(strategy, state, emitter, target, order, end)
         if emitter.streamer is not None:
             emitter.streamer.end()
         stats = state.stats
@@ -204,24 +204,41 @@ class DecodingLoop:
                 result, count = strategy.step(state), True
 
     def _complete(
-        self, state: DecodingState, emitter: Emitter, target: ModelRunner, order: list[int], end: int
+        self,
+        strategy: SpeculationStrategy,
+        state: DecodingState,
+        emitter: Emitter,
+        target: ModelRunner,
+        order: list[int],
+        end: int,
     ) -> None:
-        """Feed finished rows the padding that stock would have fed them, for its scores and for the returned cache."""
+        """Feed finished rows what the model has not read, and the padding that stock would have fed them.
+
+        That is for the returned cache, and for the scores that stock returns of the padding.
+        """
+        state.active = list(order)
+        starts = [strategy.clean_length(state, 0, slot) for slot in range(len(order))]
         missing = [end - state.columns[row] for row in order]
-        if not max(missing):
+        # all but the last column's token; a row that lacks less is fed more padding, which nothing reads
+        lacking = [
+            count - 1 - start + pads for count, start, pads in zip(state.committed, starts, missing, strict=True)
+        ]
+        width = max(lacking)
+        if not width:
             return
-        state.active, width = list(order), max(missing)
-        starts = [count - 1 for count in state.committed]
-        pads = state.pending.new_full((len(order), width), state.pad_token)
-        tokens = torch.cat([state.pending, pads[:, 1:]], dim=1)
-        output = target.forward(tokens, starts)
-        logits = output.logits.to(state.device)
-        columns = [state.columns[row] for row in order]
-        scores = logits
-        if emitter.collects["scores"] and len(state.processors):
-            scores = state.processors(logits, state.ids, order, columns, pads)
-        for slot, (row, count) in enumerate(zip(order, missing, strict=True)):
-            emitter.complete(row, {"scores": scores[slot, :count], "logits": logits[slot, :count]})
+        rows = torch.nn.functional.pad(state.text[order], (0, width), value=state.pad_token)
+        for slot, count in enumerate(state.committed):
+            rows[slot, count:] = state.pad_token
+        places = torch.tensor(starts, device=rows.device)[:, None] + torch.arange(width, device=rows.device)
+        output = target.forward(rows.gather(1, places), starts)
+        for slot, (row, pads, fed) in enumerate(zip(order, missing, lacking, strict=True)):
+            if not pads:
+                continue
+            logits = scores = output.logits[slot : slot + 1, fed - pads : fed].to(state.device)
+            if emitter.collects["scores"] and len(state.processors):
+                padding = state.pending.new_full((1, pads), state.pad_token)
+                scores = state.processors(logits, state.ids, [row], [state.columns[row]], padding)
+            emitter.complete(row, {"scores": scores[0], "logits": logits[0]})
 
     @staticmethod
     def _export(

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 STRATEGIES = {
     "plain": "plain:PlainStrategy",
     "assisted": "assisted:AssistedStrategy",
+    "prompt_lookup": "prompt_lookup:PromptLookupStrategy",
     "vegas": "vegas:VegasStrategy",
     "diversed": "diversed:DiversedStrategy",
     "specbound": "specbound:SpecBoundStrategy",
+    "via_sd": "via_sd:ViaSDStrategy",
 }
 """Strategy name to `module:class` inside `hf_specdec.generation`."""
 

@@ -34,10 +34,14 @@ class ModelRunner:
         cache (`SpeculativeCache`): its keys and values.
         max_length (`int`): tokens that a row can have at most; fed positions are clamped below it, because the unused
             tail of a block may pass the end of a learned position table.
+        layers (`int`, *optional*): layers whose attention runs; all of the cache's by default.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: SpeculativeCache, max_length: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: SpeculativeCache, max_length: int, layers: int | None = None
+    ) -> None:
         self.model, self.cache = model, cache
+        self.layers = len(cache.layers) if layers is None else layers
         self.device = cast(torch.Tensor, model.get_input_embeddings().weight).device
         self.last_position = max_length - 1
         self._prefill_options = (
@@ -61,10 +65,9 @@ class ModelRunner:
         with head_input(self.model, hidden) as seen:
             output = self.model(**self.inputs(tokens, step), return_dict=True)
         if not self._checked:
-            if step.layers_seen != len(self.cache.layers) or step.layers_attended != len(self.cache.layers):
-                name, layers = type(self.model).__name__, len(self.cache.layers)
+            if step.layers_seen != self.layers or step.layers_attended != self.layers:
                 raise RuntimeError(
-                    f"{name} has {layers} layers; {step.layers_seen} wrote the cache "
+                    f"{type(self.model).__name__} runs {self.layers} layers; {step.layers_seen} wrote the cache "
                     f"and {step.layers_attended} attended through hf_specdec, so `assistant_strategy` can't run it."
                 )
             self._checked = True

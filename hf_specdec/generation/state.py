@@ -113,22 +113,28 @@ class DecodingState:
         """Return which of `ids` end a row; bool, of the same shape."""
         return torch.isin(ids, torch.tensor(sorted(self._eos), dtype=ids.dtype, device=ids.device))
 
-    def forward(self, tokens: torch.Tensor, **options: Any) -> Forward:
-        """Run the target over `tokens` `[n, m]`, each slot's pending token first (see `ModelRunner.forward`)."""
-        self.stats.target_forwards += 1
-        return self.target.forward(tokens, [count - 1 for count in self.committed], **options)
+    def forward(self, tokens: torch.Tensor, starts: Sequence[int] | None = None, **options: Any) -> Forward:
+        """Run the target over `tokens` `[n, m]`, each slot's pending token first (see `ModelRunner.forward`).
 
-    def process(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        Args:
+            starts (`list[int]`, *optional*): where each slot's tokens lie instead.
+        """
+        self.stats.target_forwards += 1
+        return self.target.forward(tokens, [count - 1 for count in self.committed] if starts is None else starts, **options)
+
+    def process(self, logits: torch.Tensor, drafts: torch.Tensor, back: Sequence[int] | None = None) -> torch.Tensor:
         """Return `logits` `[n, m, V]` after the caller's processors, on the text's device.
 
         Args:
             logits: entry (i, j) predicts what follows slot i's text and its first j drafts.
             drafts (`torch.Tensor` of shape `[n, >= m - 1]`, int64): draft tokens.
+            back (`list[int]`, *optional*): newest tokens of each slot that count as drafts, and come first in
+                `drafts`.
         """
         logits = logits.to(self.device)
         if not len(self.processors) and not self.do_sample:
             return logits  # greedy decoding reads the argmax only, which no cast changes
-        columns = [self.columns[row] for row in self.active]
+        columns = [self.columns[row] - less for row, less in zip(self.active, back or [0] * len(self.active), strict=True)]
         return self.processors(logits, self.ids, self.active, columns, drafts)
 
     def process_next(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:

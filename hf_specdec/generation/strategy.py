@@ -78,6 +78,8 @@ class Drafter:
 
     hidden: bool = False
     """Whether drafts keep their hidden states; only where `gives_hidden`."""
+    limit: int | None = None
+    """Draft tokens per round at most, where that may be changed between rounds."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Load what drafting for `model` needs, and raise `ValueError` for what doesn't fit; runs no forward."""

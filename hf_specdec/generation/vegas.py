@@ -99,6 +99,8 @@ class VegasConfig(SpeculationConfig):
 class VegasDrafter(Drafter):
     """Drafts with the target itself, over a `SparseView` of its cache."""
 
+    needs_target_pass_every_round = True  # which chooses what the next drafts read
+
     def __init__(self, config: VegasConfig) -> None:
         self.config = config
         self.view: SparseView

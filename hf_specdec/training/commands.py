@@ -107,7 +107,7 @@ def train_draft_command(
         num_assistant_tokens=num_assistant_tokens,
         seed=seed,
     )
-    loaded, texts, notes = _model_and_texts(data, exclude, model, dtype, device)
+    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
     with _distilling(steps) as report:
         train_draft(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
     console.print(f"written to {out}")
@@ -148,9 +148,51 @@ def train_specbound_command(
         num_assistant_tokens=num_assistant_tokens,
         seed=seed,
     )
-    loaded, texts, notes = _model_and_texts(data, exclude, model, dtype, device)
+    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
     with _distilling(steps) as report:
         train_exit_heads(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
+    console.print(f"written to {out}")
+
+
+@app.command("via_sd")
+def train_slim_command(
+    data: Data,
+    mask: Annotated[str, typer.Option(help="Folder of a mask, as `calibrate via_sd` writes it.")],
+    out: Out,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 16,
+    tv_weight: Annotated[float, typer.Option(help="Of the total variation distance; KL has weight 1.")] = 0.5,
+    margin_weight: Annotated[float, typer.Option(help="Of the paper's cost; 0.5 for the lossy mode.")] = 0.0,
+    vocabulary: Annotated[int, typer.Option(help="Words that the loss is over, the most frequent; 0 for all.")] = 8192,
+    steps: Steps = 20000,
+    minutes: Minutes = 0,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: Rate = 2e-4,
+    num_assistant_tokens: Tokens = 5,
+    exclude: Exclude = None,
+    resume: Resume = False,
+    seed: Seed = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Train a LoRA for the layers that VIA-SD's slim verifier keeps; the model itself stays as it is."""
+    from .via_sd import SlimTraining, train_slim
+
+    settings = SlimTraining(
+        rank=rank,
+        tv_weight=tv_weight,
+        margin_weight=margin_weight,
+        vocabulary_size=vocabulary or None,
+        steps=steps,
+        minutes=minutes or None,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+        num_assistant_tokens=num_assistant_tokens,
+        seed=seed,
+    )
+    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
+    with _distilling(steps) as report:
+        train_slim(loaded, texts, mask, out, settings, resume=resume, notes=notes, report=report)
     console.print(f"written to {out}")
 
 
@@ -278,7 +320,7 @@ def _score_table(scores: Sequence[Score], title: str) -> Table:
     return table
 
 
-def _model_and_texts(
+def model_and_texts(
     data: Sequence[Path], exclude: Sequence[Path] | None, model: str, dtype: str, device: str
 ) -> tuple[PreTrainedModel, list[Text], dict[str, Any]]:
     """Return the model, the training text without what holds a test prompt, and what to note of it."""

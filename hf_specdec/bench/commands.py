@@ -1,0 +1,211 @@
+"""The commands `hf-specdec calibrate ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..console import (
+    Device,
+    Dtype,
+    Model,
+    advancing,
+    console,
+    load_assistant,
+    load_model,
+    numbers,
+    progress_bar,
+    read_prompts,
+)
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..training.routing import SlimScorer
+
+app = typer.Typer(help="Find settings that pay on this device.", no_args_is_help=True, add_completion=False)
+
+Repeats = Annotated[int, typer.Option(help="Timed runs of each arm.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens decoded per row.")]
+Save = Annotated[
+    Path | None, typer.Option(help="Write the calibrated config into this folder; may be the adapter's.")
+]
+
+
+@app.command("vegas")
+def calibrate_vegas_command(
+    context: Annotated[str, typer.Option(help="Contexts to measure, separated by commas.")] = (
+        "512,1024,2048,4096,7900"
+    ),
+    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    new_tokens: NewTokens = 64,
+    repeats: Repeats = 3,
+    save: Save = None,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Measure from which context Vegas pays on this device."""
+    from ..generation.vegas import VegasConfig
+    from .calibrate import calibrate_vegas
+    from .texts import long_batch
+
+    contexts = numbers(context, "--context")
+    loaded, tokenizer = load_model(model, dtype, device)
+    with progress_bar() as progress:
+        task = progress.add_task("calibrating", total=len(contexts) * 2 * (repeats + 1))
+        found, rows = calibrate_vegas(
+            loaded,
+            lambda length: long_batch(tokenizer, length, batch).to(loaded.device),
+            contexts,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            progress=advancing(progress, task),
+        )
+    table = Table(title=f"batch {batch}: milliseconds per token")
+    for heading in ("context", "plain", "vegas", "gain", "tokens/step"):
+        table.add_column(heading, justify="right")
+    for plain, vegas in zip(rows[::2], rows[1::2], strict=True):
+        gain = plain.ms_per_token / vegas.ms_per_token
+        steps = f"{vegas.tokens_per_step or 1:.2f}"
+        table.add_row(
+            str(plain.context), f"{plain.ms_per_token:.1f}", f"{vegas.ms_per_token:.1f}", f"{gain:.2f}", steps
+        )
+    console.print(table)
+    if found is None:
+        console.print(
+            f"Vegas did not pay at any measured context; leave it off, or set min_context above {contexts[-1]}."
+        )
+    else:
+        console.print(f"min_context={found}")
+    if save is not None:
+        VegasConfig(min_context=found if found is not None else 2 * contexts[-1]).save_pretrained(save)
+        console.print(f"saved to {save}")
+
+
+@app.command("specbound")
+def calibrate_specbound_command(
+    adapter: Annotated[str, typer.Option(help="Folder or Hub name of trained exit heads.")] = "",
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; the built-in text by default.")] = None,
+    limit: Annotated[int, typer.Option(help="Prompts used, spread over the file.")] = 24,
+    new_tokens: NewTokens = 64,
+    repeats: Repeats = 3,
+    save: Save = None,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Find the settings of SpecBound that pay on this device."""
+    import torch
+
+    from ..generation.adapters import write_config
+    from ..generation.specbound import SpecBoundConfig
+    from .calibrate_specbound import WORTHWHILE, calibrate_specbound
+    from .texts import chat_ids, long_prompt
+
+    texts = read_prompts(prompts, limit)
+    loaded, tokenizer = load_model(model, dtype, device)
+    if texts:
+        rows = [chat_ids(tokenizer, turns) for turns in texts]
+    else:
+        rows = [long_prompt(tokenizer, 256, offset) for offset in range(limit or 24)]
+    with progress_bar() as progress:
+        task = progress.add_task("calibrating", total=len(rows) + 2 * (repeats + 1))
+        chosen, predicted, costs = calibrate_specbound(
+            loaded,
+            SpecBoundConfig(adapter=adapter or None),
+            [torch.tensor([row], device=loaded.device) for row in rows],
+            new_tokens=new_tokens,
+            repeats=repeats,
+            progress=advancing(progress, task),
+        )
+    console.print(
+        f"layer {costs.layer[0]:.2f} ms (4 rows {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
+        f"{costs.head[0]:.2f}, row {costs.row:.2f}, rest of a round {costs.round:.2f}, plain token {costs.plain:.2f}"
+    )
+    console.print(
+        f"alpha={chosen.alpha}, tau={chosen.tau}, exit_layers={chosen.exit_layers}, max_depth={chosen.max_depth}, "
+        f"num_assistant_tokens={chosen.num_assistant_tokens}: predicted {predicted.speedup:.2f}x plain, "
+        f"{predicted.tokens_per_round:.2f} tokens per round, {predicted.acceptance:.0%} accepted"
+    )
+    if predicted.speedup < WORTHWHILE:
+        console.print(f"Below {WORTHWHILE}x: plain decoding is the better choice for this model and device.")
+    if save is not None:
+        write_config(save, chosen)
+        console.print(f"saved to {save}")
+
+
+@app.command("via_sd")
+def calibrate_via_sd_command(
+    data: Annotated[list[Path], typer.Option("--data", help="Text that the model wrote (`train text`).")],
+    save: Annotated[Path, typer.Option(help="Folder for the mask; an unfinished search is resumed from it.")],
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of test prompts; text with one of them is dropped.")
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Texts that score a mask; as many others are held out.")] = 24,
+    objective: Annotated[str, typer.Option(help="tv or kl (lossless mode), margin (lossy mode), top1.")] = "tv",
+    skip_ratio: Annotated[float, typer.Option(help="Share to leave out.")] = 0.45,
+    skip_budget_by: Annotated[str, typer.Option(help="Share of the params, or the count, of the units.")] = "params",
+    granularity: Annotated[str, typer.Option(help="layer or sublayer.")] = "layer",
+    slim_cache: Annotated[str, typer.Option(help="Cache mode of decoding: shared, or own (with an adapter).")] = (
+        "shared"
+    ),
+    steps: Annotated[int, typer.Option(help="Masks scored at most.")] = 1000,
+    patience: Annotated[int, typer.Option(help="Masks scored without an improvement.")] = 300,
+    minutes: Annotated[float, typer.Option(help="Stop by the clock; 0 for never.")] = 0,
+    window: Annotated[int, typer.Option(help="Answer tokens read per text.")] = 64,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the search in the folder.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Search which layers VIA-SD's slim verifier can do without."""
+    from dataclasses import asdict
+
+    from ..generation.slim import Units, save_slim
+    from ..generation.via_sd import ViaSDConfig
+    from ..training.commands import model_and_texts
+    from ..training.routing import MaskSearch, SlimScorer, search_mask
+
+    settings = MaskSearch(
+        skip_ratio=skip_ratio, skip_budget_by=skip_budget_by, granularity=granularity, objective=objective,
+        slim_cache=slim_cache, max_steps=steps, patience=patience, minutes=minutes or None, window=window, seed=seed,
+    )  # fmt: skip
+    loaded, found, notes = model_and_texts(data, exclude, model, dtype, device)
+    found = [text for text in found if len(text.ids) - text.prompt_length >= window]
+    if len(found) < 2 * texts:
+        raise ValueError(f"`--texts` is {texts}, but only {len(found)} texts have answers of {window} tokens.")
+    chosen = [found[i * len(found) // (2 * texts)] for i in range(2 * texts)]
+    units = Units(loaded, granularity)
+    searched, held_out = (SlimScorer(loaded, part, units, window, slim_cache) for part in (chosen[::2], chosen[1::2]))
+    with progress_bar() as progress:
+        task = progress.add_task("searching", total=steps)
+
+        def report(state: dict[str, Any]) -> None:
+            text = f"searching: best {objective} {state['best']:.4f}, agreement {state['agreement']:.3f}"
+            progress.update(task, completed=state["step"], description=text)
+
+        keep = search_mask(searched, settings, save, resume=resume, report=report)
+    figures = held_out.report(keep)
+    calibration = {
+        "objective": objective, **figures, "skipped_share": units.share(keep), "slim_cache": slim_cache,
+        "even_mask": held_out.report(tuple(units.even(skip_ratio, skip_budget_by))),
+        "search": {**asdict(settings), "texts": texts}, **notes,
+    }  # fmt: skip
+    save_slim(save, ViaSDConfig(slim_cache=None if slim_cache == "shared" else slim_cache), loaded, units, keep, calibration)
+    console.print(f"left out: {', '.join(units.names[unit] for unit in units.skipped(keep))}")
+    console.print(_figures("searched mask", figures))
+    console.print(_figures("evenly spaced", calibration["even_mask"]))
+    console.print(f"saved to {save}")
+
+
+def _figures(name: str, figures: dict[str, float]) -> str:
+    return (
+        f"{name}, held-out: agreement {figures['agreement']:.3f}, TV {figures['tv']:.3f}, KL {figures['kl']:.3f}, "
+        f"margin cost {figures['margin']:.3f} ({figures['tokens']} tokens)"
+    )

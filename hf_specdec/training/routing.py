@@ -1,0 +1,415 @@
+"""DIMR: which units of a model its slim verifier can do without (VIA-SD). Searched offline, once per model.
+
+Every candidate mask is scored on text that the model wrote, at the positions of the answers, against the model's own
+cached logits, in the cache mode of decoding: with `"own"` the slim model reads the whole text, with `"shared"` blocks of
+it, over keys and values of the whole model. Candidates race: one that is worse than the best so far by two standard
+errors is dropped before it has seen all texts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache.speculative import SpeculativeCache
+from ..generation import admission
+from ..generation.layerwise import Layerwise
+from ..generation.runner import ModelRunner
+from ..generation.slim import BUDGETS, LowRankTerms, Units, slim_model
+from ..kernels.dispatch import register, speculative_attention
+from .data import Text
+
+
+OBJECTIVES = ("tv", "kl", "margin", "top1")
+CACHE_MODES = ("shared", "own")
+_BLOCK = 8
+"""Tokens of a block in the cache mode `"shared"`, about what a round of decoding feeds."""
+_POOL, _NEIGHBOURS, _RANDOM_SEEDS = 256, 8, 20
+
+Mask = tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSearch:
+    """Settings of `search_mask`.
+
+    Args:
+        skip_ratio (`float`, *optional*, defaults to 0.45): share to leave out, in [0.1, 0.7].
+        skip_budget_by (`str`, *optional*, defaults to `"params"`): share of the layers' parameters, or of the units
+            (`"count"`).
+        granularity (`str`, *optional*, defaults to `"layer"`): or `"sublayer"`: attention and MLP apart.
+        objective (`str`, *optional*, defaults to `"tv"`): what is minimised: the total variation distance of the two
+            laws (right for the lossless mode), `"kl"`, `"margin"` (the paper's cost, right for the lossy mode) or
+            `"top1"` (the share of different most likely words).
+        alpha, beta (`float`, *optional*, default to 0.5): leniency of the paper's cost.
+        slim_cache (`str`, *optional*, defaults to `"shared"`): cache mode of decoding.
+        max_steps (`int`, *optional*, defaults to 1000): masks scored at most.
+        patience (`int`, *optional*, defaults to 300): masks scored without an improvement.
+        theta (`int`, *optional*, defaults to 25): every theta-th proposal is Bayesian, the others are random.
+        window (`int`, *optional*, defaults to 64): answer tokens read per text.
+        mini_batch (`int`, *optional*, defaults to 4): texts between two looks at a race.
+        stop_agreement (`float`, *optional*, defaults to 0.95): the search ends at this share of equal most likely
+            words.
+        minutes (`float`, *optional*): the search ends by the clock.
+        seed (`int`, *optional*, defaults to 0): of the proposals.
+    """
+
+    skip_ratio: float = 0.45
+    skip_budget_by: str = "params"
+    granularity: str = "layer"
+    objective: str = "tv"
+    alpha: float = 0.5
+    beta: float = 0.5
+    slim_cache: str = "shared"
+    max_steps: int = 1000
+    patience: int = 300
+    theta: int = 25
+    window: int = 64
+    mini_batch: int = 4
+    stop_agreement: float = 0.95
+    minutes: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.skip_ratio <= 0.7:
+            raise ValueError(f"`skip_ratio` must be in [0.1, 0.7], got {self.skip_ratio}.")
+        choices = (("skip_budget_by", BUDGETS), ("objective", OBJECTIVES), ("slim_cache", CACHE_MODES))
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if not 0 <= self.alpha < 1 or not 1 - self.alpha <= self.beta <= 1:
+            raise ValueError(f"`alpha` must be in [0, 1) and `beta` in [1 - alpha, 1], got {self.alpha}, {self.beta}.")
+        if self.theta < 2 or not 16 <= self.window <= 512:
+            raise ValueError(
+                f"`theta` must be at least 2 and `window` in [16, 512], got {self.theta} and {self.window}."
+            )
+        for name in ("max_steps", "patience", "mini_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"`minutes` must be above 0, got {self.minutes}.")
+
+
+def margin_cost(q: torch.Tensor, p: torch.Tensor, alpha: float = 0.5, beta: float = 0.5) -> torch.Tensor:
+    """Return the paper's cost R (Eq. 11) `[...]` of a law `p` that stands in for `q`, both `[..., V]`.
+
+    It is 0 for mild mismatch: it counts words to which `p` gives more than a lossy verifier of leniency `alpha` and
+    `beta` forgives, p above q / (1 - alpha), and those to which its residual leaves nothing, p above q / beta.
+    """
+    # words that one of the laws excludes have no logarithm; a floor far below any real probability stands in
+    ratio = p.clamp(min=1e-30).log() - q.clamp(min=1e-30).log()
+    one, two = (ratio + math.log(1 - alpha)).clamp(min=0), (ratio + math.log(beta)).clamp(min=0)
+    return (p * one + q * two).sum(dim=-1)
+
+
+def costs(theirs: torch.Tensor, mine: torch.Tensor, alpha: float = 0.5, beta: float = 0.5) -> dict[str, float]:
+    """Return all objectives of a slim model's logits `mine` `[m, V]` against the model's own, means over m."""
+    q, p = (logits.float().softmax(-1) for logits in (theirs, mine))
+    difference = mine.float().log_softmax(-1)
+    return {
+        "tv": float((q - p).abs().sum(-1).mean() / 2),
+        "kl": float((q * (q.clamp(min=1e-30).log() - difference)).sum(-1).mean()),
+        "margin": float(margin_cost(q, p, alpha, beta).mean()),
+        "top1": float((theirs.argmax(-1) != mine.argmax(-1)).float().mean()),
+    }
+
+
+class SlimScorer:
+    """Scores masks against the whole model on some texts.
+
+    Args:
+        model (`PreTrainedModel`): the whole model; not changed.
+        texts (`list[Text]`): prompts with answers.
+        units (`Units`): of the model.
+        window (`int`): answer tokens read per text.
+        slim_cache (`str`): `"shared"` or `"own"`.
+        alpha, beta (`float`): of the paper's cost.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[Text],
+        units: Units,
+        window: int,
+        slim_cache: str,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+    ) -> None:
+        self.model, self.units, self.shared = model, units, slim_cache == "shared"
+        self.leniency = alpha, beta
+        self.texts = [Text(t.ids[: t.prompt_length + window], t.prompt_length, t.temperature) for t in texts]
+        self.tail = Layerwise(model).tail()
+        self.teacher = [self._whole(text) for text in self.texts]
+        self.runners: list[ModelRunner] = []
+        self.clean: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        if self.shared:
+            register()
+            for text in self.texts:
+                self._remember(text)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @torch.no_grad()
+    def _whole(self, text: Text) -> torch.Tensor:
+        return self._read(self.model, text)
+
+    def _read(self, model: PreTrainedModel, text: Text) -> torch.Tensor:
+        """Return a model's logits `[m, V]` at the positions that predict the answer."""
+        ids = text.ids[None, :-1].to(self.model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return self.tail(hidden[0, text.prompt_length - 1 :])
+
+    @torch.no_grad()
+    def _remember(self, text: Text) -> None:
+        """Keep the whole model's keys and values of a text, and a copy of those of its answer."""
+        length = len(text.ids)
+        cache = SpeculativeCache(admission.layer_windows(self.model), 1, length + 1)
+        runner = ModelRunner(self.model, cache, length + 1)
+        runner.prefill(text.ids[None].to(self.model.device), 0, None)
+        answer = slice(text.prompt_length - 1, length)
+        self.clean.append([(x.keys[:, :, answer].clone(), x.values[:, :, answer].clone()) for x in cache.layers])
+        self.runners.append(runner)
+
+    @torch.no_grad()
+    def __call__(self, keep: Mask, index: int, terms: LowRankTerms | None = None) -> dict[str, float]:
+        """Return the costs of a mask on one text."""
+        text = self.texts[index]
+        if not self.shared:
+            mine = self._read(slim_model(self.model, self.units, keep, terms), text)
+            return costs(self.teacher[index], mine, *self.leniency)
+        with speculative_attention(self.model):
+            whole = self.runners[index]
+            slim = ModelRunner(
+                slim_model(self.model, self.units, keep, terms), whole.cache, whole.last_position + 1,
+                self.units.attentions(keep),
+            )  # fmt: skip
+            first, end = text.prompt_length - 1, len(text.ids) - 1
+            parts = []
+            # from the end, so that each block is read over the whole model's states of all that comes before it
+            for begin in reversed(range(first, end, _BLOCK)):
+                ids = text.ids[None, begin : min(begin + _BLOCK, end)]
+                parts.append(slim.forward(ids, [begin]).logits[0])
+        for layer, (keys, values) in zip(whole.cache.layers, self.clean[index], strict=True):
+            layer.keys[:, :, first : end + 1], layer.values[:, :, first : end + 1] = keys, values
+        return costs(self.teacher[index], torch.cat(parts[::-1]), *self.leniency)
+
+    def report(self, keep: Mask, terms: LowRankTerms | None = None) -> dict[str, float]:
+        """Return the means of all costs over all texts, and the share of equal most likely words as `agreement`."""
+        found = [self(keep, index, terms) for index in range(len(self))]
+        means = {name: sum(costs[name] for costs in found) / len(found) for name in OBJECTIVES}
+        return {"agreement": 1 - means.pop("top1"), **means, "tokens": sum(len(t) for t in self.teacher)}
+
+
+@dataclass
+class _Seen:
+    """What the search knows: per mask its mean cost on the texts that it saw, and the best mask's cost on each."""
+
+    costs: dict[Mask, float] = field(default_factory=dict)
+    best: Mask = ()
+    best_costs: list[float] = field(default_factory=list)
+    best_agreement: float = 0.0
+    steps: int = 0
+    last_gain: int = 0
+    seconds: float = 0.0
+
+    @property
+    def best_cost(self) -> float:
+        return sum(self.best_costs) / len(self.best_costs)
+
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def search_mask(
+    scorer: SlimScorer,
+    settings: MaskSearch,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    report: Report = lambda _: None,
+) -> Mask:
+    """Return the best mask found.
+
+    Args:
+        scorer (`SlimScorer`): scores masks, in the cache mode of `settings`.
+        settings (`MaskSearch`): how.
+        folder (`str` or `Path`): gets `search.json`, to resume from.
+        resume (`bool`, *optional*, defaults to `False`): go on from that file.
+        report (`Callable[[dict], None]`, *optional*): gets `step`, `cost` of the mask scored and `best` after each.
+
+    Raises:
+        ValueError: if nothing can be left out of the model, or the file was made with other settings.
+        FileNotFoundError: if there is nothing to resume from.
+    """
+    return _Search(scorer, settings, Path(folder), resume, report).run()
+
+
+class _Search:
+    def __init__(
+        self, scorer: SlimScorer, settings: MaskSearch, folder: Path, resume: bool, report: Report
+    ) -> None:
+        self.scorer, self.settings, self.report = scorer, settings, report
+        self.units, self.file = scorer.units, folder / "search.json"
+        if not self.units.free:
+            raise ValueError(f"A model of {len(self.units.layers)} layers has none that could be left out.")
+        self.seen = _Seen()
+        self.made_with = {**asdict(settings), "max_steps": None, "patience": None, "minutes": None}
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._load()
+        self.start = time.perf_counter() - self.seen.seconds
+
+    def run(self) -> Mask:
+        for mask in self._seeds():
+            self._race(mask)
+        while not self._over():
+            self._race(self._propose())
+        self._descend()
+        self._save()
+        return self.seen.best
+
+    # proposals
+
+    def _seeds(self) -> list[Mask]:
+        """Return what the search begins with: even, the later middle, attention first, and random masks."""
+        free, ratio, by = self.units.free, self.settings.skip_ratio, self.settings.skip_budget_by
+        middle = sorted(free, key=lambda unit: abs(unit / len(self.units) - 0.65))
+        orders = [middle]
+        if self.units.halves:
+            orders.append([unit for unit in middle if unit % 2 == 0] + [unit for unit in middle if unit % 2])
+        masks = [self.units.even(ratio, by)] + [self.units.filled(order, ratio, by) for order in orders]
+        return [tuple(mask) for mask in masks] + [self._random(-place) for place in range(1, _RANDOM_SEEDS + 1)]
+
+    def _random(self, number: int) -> Mask:
+        order = list(self.units.free)
+        random.Random(self.settings.seed * 1_000_003 + number).shuffle(order)
+        return tuple(self.units.filled(order, self.settings.skip_ratio, self.settings.skip_budget_by))
+
+    def _propose(self) -> Mask:
+        step = self.seen.steps
+        if step % self.settings.theta:
+            return self._random(step)
+        return self._bayesian(step)
+
+    def _swaps(self, mask: Mask) -> list[Mask]:
+        """Return the masks that leave out one other unit instead of one, within the budget."""
+        found = []
+        for out in self.units.skipped(mask):
+            for into in (unit for unit in self.units.free if mask[unit]):
+                swapped = list(mask)
+                swapped[out], swapped[into] = True, False
+                if self.units.fits(swapped, self.settings.skip_ratio, self.settings.skip_budget_by):
+                    found.append(tuple(swapped))
+        return found
+
+    def _bayesian(self, step: int) -> Mask:
+        """Return the mask of greatest expected improvement under a Gaussian process over the masks seen."""
+        known = list(self.seen.costs)
+        best = sorted(known, key=self.seen.costs.__getitem__)[:_NEIGHBOURS]
+        pool = {self._random(step * _POOL + place) for place in range(_POOL)}
+        pool |= {swap for mask in best for swap in self._swaps(mask)}
+        candidates = sorted(pool - set(known))
+        if not candidates:
+            return self._random(step)
+        values = torch.tensor([self.seen.costs[mask] for mask in known], dtype=torch.float64)
+        mean, spread = values.mean(), values.std().clamp(min=1e-9)
+        x, y = (torch.tensor(masks, dtype=torch.float64) for masks in (known, candidates))
+        scale = 0.15 * len(self.units)
+        within, across = (torch.exp(-torch.cdist(a, x, p=1) / scale) for a in (x, y))
+        factor = torch.linalg.cholesky(within + 1e-2 * torch.eye(len(x), dtype=torch.float64))
+        weights = torch.cholesky_solve(((values - mean) / spread)[:, None], factor)
+        middle = (across @ weights)[:, 0]
+        half = torch.linalg.solve_triangular(factor, across.T, upper=False)
+        deviation = (1 - (half**2).sum(0)).clamp(min=1e-9).sqrt()
+        normal, gap = torch.distributions.Normal(0.0, 1.0), (values.min() - mean) / spread - middle
+        gain = gap * normal.cdf(gap / deviation) + deviation * normal.log_prob(gap / deviation).exp()
+        return candidates[int(gain.argmax())]
+
+    # scoring
+
+    def _race(self, mask: Mask) -> bool:
+        """Score a mask, as long as it may still be the best; return whether it is."""
+        seen = self.seen
+        if mask in seen.costs:
+            return False
+        name, found = self.settings.objective, []
+        agreement = 0.0
+        for index in range(len(self.scorer)):
+            costs = self.scorer(mask, index)
+            found.append(costs[name])
+            agreement += 1 - costs["top1"]
+            if seen.best and (index + 1) % self.settings.mini_batch == 0 and self._lost(found):
+                break
+        mean, better = sum(found) / len(found), False
+        seen.costs[mask] = mean
+        seen.steps += 1
+        if len(found) == len(self.scorer) and (not seen.best or mean < seen.best_cost):
+            seen.best, seen.best_costs, seen.last_gain, better = mask, found, seen.steps, True
+            seen.best_agreement = agreement / len(found)
+        self.report({"step": seen.steps, "cost": mean, "best": seen.best_cost, "agreement": seen.best_agreement})
+        if seen.steps % 10 == 0 or better:
+            self._save()
+        return better
+
+    def _lost(self, found: Sequence[float]) -> bool:
+        """Whether a mask is worse than the best by two standard errors on the texts that it has seen."""
+        gaps = torch.tensor(found, dtype=torch.float64) - torch.tensor(self.seen.best_costs[: len(found)])
+        return len(found) > 1 and bool(gaps.mean() > 2 * gaps.std() / len(found) ** 0.5)
+
+    def _descend(self) -> None:
+        """Exchange single units while that helps."""
+        tried = 0
+        while tried < 2 * len(self.units) and not self._out_of_time():
+            order = self._swaps(self.seen.best)
+            random.Random(self.settings.seed + self.seen.steps).shuffle(order)
+            fresh = [mask for mask in order if mask not in self.seen.costs]
+            if not fresh:
+                return
+            for mask in fresh:
+                tried += 1
+                if self._race(mask):
+                    tried = 0
+                    break
+                if tried >= 2 * len(self.units) or self._out_of_time():
+                    return
+
+    def _over(self) -> bool:
+        seen, settings = self.seen, self.settings
+        return (
+            seen.steps >= settings.max_steps
+            or seen.steps - seen.last_gain >= settings.patience
+            or seen.best_agreement >= settings.stop_agreement
+            or self._out_of_time()
+        )
+
+    def _out_of_time(self) -> bool:
+        minutes = self.settings.minutes
+        return minutes is not None and time.perf_counter() - self.start >= 60 * minutes
+
+    # resuming
+
+    def _save(self) -> None:
+        seen = self.seen
+        seen.seconds = time.perf_counter() - self.start
+        masks = [["".join("01"[kept] for kept in mask), cost] for mask, cost in seen.costs.items()]
+        state = {**asdict(seen), "costs": masks, "best": [bool(kept) for kept in seen.best]}
+        text = json.dumps({"settings": self.made_with, "texts": len(self.scorer), **state})
+        self.file.write_text(text, encoding="utf-8")
+
+    def _load(self) -> None:
+        noted = json.loads(self.file.read_text(encoding="utf-8"))
+        if noted.pop("settings") != self.made_with or noted.pop("texts") != len(self.scorer):
+            raise ValueError(f"{str(self.file)!r} was made with other settings or texts.")
+        noted["costs"] = {tuple(kept == "1" for kept in mask): cost for mask, cost in noted["costs"]}
+        self.seen = _Seen(**{**noted, "best": tuple(noted["best"])})

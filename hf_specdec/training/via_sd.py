@@ -1,0 +1,191 @@
+"""Training the slim verifier of VIA-SD: a LoRA on the layers that stay learns the whole model's own next-token law.
+
+PEFT makes the LoRA and writes its files. It works on a copy of the model's modules that shares the weights, so the
+model stays as it is. Every position is read by the slim model alone, which is decoding with `slim_cache="own"`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..generation.adapters import describe
+from ..generation.layerwise import Layerwise
+from ..generation.slim import LORA_FOLDER, LowRankTerms, Units, load_slim, save_slim, slim_model
+from ..generation.via_sd import ViaSDConfig
+from ..generation.vocabulary import InsideHead, ReducedHead
+from .data import Text
+from .distill import Distillation, DistillSettings, Report, divergence
+from .routing import SlimScorer, margin_cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimTraining(DistillSettings):
+    """Settings of `train_slim`: those of `DistillSettings`, and
+
+    Args:
+        rank (`int`, *optional*, defaults to 16): of the LoRA; its alpha is twice that.
+        kl_weight (`float`, *optional*, defaults to 1.0): of KL(whole || slim).
+        tv_weight (`float`, *optional*, defaults to 0.5): of the total variation distance, the rejection rate of
+            sampling.
+        margin_weight (`float`, *optional*, defaults to 0.0): of the paper's cost, for the lossy mode.
+    """
+
+    rank: int = 16
+    kl_weight: float = 1.0
+    tv_weight: float = 0.5
+    margin_weight: float = 0.0
+    learning_rate: float = 2e-4
+    num_assistant_tokens: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
+        weights = (self.kl_weight, self.tv_weight, self.margin_weight)
+        if min(weights) < 0 or not any(weights):
+            raise ValueError(
+                "`kl_weight`, `tv_weight` and `margin_weight` must be at least 0, one of them above; got "
+                f"{', '.join(map(str, weights))}."
+            )
+
+
+def train_slim(
+    target: PreTrainedModel,
+    texts: Sequence[Text],
+    mask: str | Path,
+    folder: str | Path,
+    settings: SlimTraining,
+    *,
+    resume: bool = False,
+    notes: dict[str, Any] | None = None,
+    report: Report = lambda _: None,
+) -> dict[str, Any]:
+    """Train a LoRA for a mask and write both to `folder`.
+
+    Args:
+        target (`PreTrainedModel`): frozen; on the device to train on.
+        texts (`list[Text]`): training text; every 50th, at most 64, is held out.
+        mask (`str` or `Path`): folder of a mask, as `hf-specdec calibrate via_sd` writes it.
+        folder (`str` or `Path`): gets mask and LoRA at every checkpoint, and a folder `checkpoint` to resume from.
+        settings (`SlimTraining`): how.
+        resume (`bool`, *optional*, defaults to `False`): go on from the folder's checkpoint.
+        notes (`dict`, *optional*): what else to record.
+        report (`Callable[[dict], None]`, *optional*): see `Distillation`.
+
+    Returns:
+        Held-out agreement, TV and KL, and the same of the mask alone under `before`.
+
+    Raises:
+        ValueError: for fewer than 2 texts, a mask of another model, or a checkpoint made with other settings.
+        FileNotFoundError: if there is nothing to resume from.
+    """
+    return _SlimRun(target, texts, mask, Path(folder), settings, notes or {}, report).run(resume=resume)
+
+
+class _SlimRun(Distillation):
+    """The slim model as the student."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        texts: Sequence[Text],
+        mask: str | Path,
+        path: Path,
+        settings: SlimTraining,
+        notes: dict[str, Any],
+        report: Report,
+    ) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__(target, texts, path, settings, notes, report)
+        self.settings, self.mask = settings, load_slim(target, str(mask))
+        self.units, self.keep = Units(target, self.mask.granularity), tuple(self.mask.keep)
+        self.units.check(self.keep)
+        reduced = None
+        if self.vocabulary is not None:
+            reduced = InsideHead(ReducedHead(target.get_output_embeddings(), self.vocabulary))
+        self.reduced = Layerwise(target).tail(reduced)
+        shared = {id(t): t for t in [*target.parameters(), *target.buffers()]}
+        twin = copy.deepcopy(target, cast("dict[int, Any]", shared))  # modules of its own around the same weights
+        slim = slim_model(twin, Units(twin, self.mask.granularity), self.keep)
+        lora = LoraConfig(
+            r=settings.rank, lora_alpha=2 * settings.rank, target_modules=_linears(slim), bias="none",
+            base_model_name_or_path=describe(target)["name"],
+        )  # fmt: skip
+        self.peft: Any = get_peft_model(slim, lora, adapter_name=LORA_FOLDER)
+        own = {name: value for name, value in self.peft.named_parameters() if ".lora_" in name}
+        self.student = self.adopt(_Student(self.peft.base_model.model), own)
+        self.scorer = SlimScorer(target, self.held_out, self.units, settings.max_length, "own")
+        self.before = self.scorer.report(self.keep)
+
+    def loss(self, ids: torch.Tensor, real: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+        """Return the weighted divergences at the real positions."""
+        settings = self.settings
+        with torch.no_grad():
+            q = self.reduced(states[-1][real].to(self.target.dtype)).softmax(-1, dtype=torch.float32)
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            mine = self.reduced(self.student(ids)[real])
+        losses = [settings.kl_weight * divergence(q, mine)] if settings.kl_weight else []
+        if settings.tv_weight or settings.margin_weight:
+            p = mine.softmax(-1, dtype=torch.float32)
+            losses.append(settings.tv_weight * (q - p).abs().sum(-1).mean() / 2)
+            if settings.margin_weight:
+                losses.append(settings.margin_weight * margin_cost(q, p).mean())
+        return torch.stack(losses).sum()
+
+    def terms(self) -> LowRankTerms:
+        """Return the LoRA as it is now."""
+        found = {}
+        for name, module in self.peft.base_model.model.named_modules():
+            if hasattr(module, "lora_A") and LORA_FOLDER in module.lora_A:
+                parts = (part[LORA_FOLDER].weight.detach() for part in (module.lora_A, module.lora_B))
+                found[name] = (*parts, float(module.scaling[LORA_FOLDER]))
+        return cast(LowRankTerms, found)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Compare the slim model with the whole one at the answer positions of the held-out texts."""
+        return {**self.scorer.report(self.keep, self.terms()), "before": self.before}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Save settings, mask and LoRA."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().bfloat16().cpu() for name, value in self.own.items()}
+        self.peft.save_pretrained(self.path, state_dict=state, save_embedding_layers=False)
+        for stray in (self.path / "README.md", self.path / LORA_FOLDER / "README.md"):
+            stray.unlink(missing_ok=True)  # PEFT's empty card
+        held_out = {"objective": "training", **record.pop("held_out")}
+        config = ViaSDConfig(num_assistant_tokens=self.settings.num_assistant_tokens)
+        lora = {"trained_cache_mode": "own", "rank": self.settings.rank, **record}
+        save_slim(self.path, config, self.target, self.units, self.keep, held_out, lora)
+
+
+class _Student(nn.Module):
+    """The slim model as a function from ids to the LM head's input (one module, so that it can be distributed)."""
+
+    def __init__(self, slim: PreTrainedModel) -> None:
+        super().__init__()
+        self.slim = slim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.slim.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+
+def _linears(slim: PreTrainedModel) -> list[str]:
+    """Return the names of the linear modules in the layers that stay."""
+    prefix = next(name for name, module in slim.named_modules() if isinstance(module, nn.ModuleList))
+    kinds = ("Linear", "Conv1D")
+    return [
+        name
+        for name, module in slim.named_modules()
+        if name.startswith(prefix + ".") and type(module).__name__ in kinds
+    ]
