@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from .generation.loop import DecodingLoop
     from .generation.plain import PlainConfig
     from .generation.prompt_lookup import PromptLookupConfig
+    from .generation.slim_drafter import ViaSDQualityError
     from .generation.specbound import SpecBoundConfig
     from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
     from .generation.vegas import VegasConfig
-    from .generation.via_sd import ViaSDConfig, ViaSDQualityError
+    from .generation.via_sd import ViaSDConfig
     from .hub import save_strategy
     from .integration import decoding_loop, install, uninstall
 
@@ -43,7 +44,7 @@ _EXPORTS = {
     "SpeculationStats": "generation.stats",
     "VegasConfig": "generation.vegas",
     "ViaSDConfig": "generation.via_sd",
-    "ViaSDQualityError": "generation.via_sd",
+    "ViaSDQualityError": "generation.slim_drafter",
     "decoding_loop": "integration",
     "install": "integration",
     "load_draft": "generation.draft_model",

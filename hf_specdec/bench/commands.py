@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -22,18 +22,11 @@ from ..console import (
 )
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..training.routing import SlimScorer
-
 app = typer.Typer(help="Find settings that pay on this device.", no_args_is_help=True, add_completion=False)
 
 Repeats = Annotated[int, typer.Option(help="Timed runs of each arm.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens decoded per row.")]
-Save = Annotated[
-    Path | None, typer.Option(help="Write the calibrated config into this folder; may be the adapter's.")
-]
+Save = Annotated[Path | None, typer.Option(help="Write the calibrated config into this folder; may be the adapter's.")]
 
 
 @app.command("vegas")
@@ -197,7 +190,9 @@ def calibrate_via_sd_command(
         "even_mask": held_out.report(tuple(units.even(skip_ratio, skip_budget_by))),
         "search": {**asdict(settings), "texts": texts}, **notes,
     }  # fmt: skip
-    save_slim(save, ViaSDConfig(slim_cache=None if slim_cache == "shared" else slim_cache), loaded, units, keep, calibration)
+    save_slim(
+        save, ViaSDConfig(slim_cache=None if slim_cache == "shared" else slim_cache), loaded, units, keep, calibration
+    )
     console.print(f"left out: {', '.join(units.names[unit] for unit in units.skipped(keep))}")
     console.print(_figures("searched mask", figures))
     console.print(_figures("evenly spaced", calibration["even_mask"]))
@@ -209,3 +204,66 @@ def _figures(name: str, figures: dict[str, float]) -> str:
         f"{name}, held-out: agreement {figures['agreement']:.3f}, TV {figures['tv']:.3f}, KL {figures['kl']:.3f}, "
         f"margin cost {figures['margin']:.3f} ({figures['tokens']} tokens)"
     )
+
+
+@app.command("via_sd_plan")
+def plan_via_sd_command(
+    data: Annotated[list[Path], typer.Option("--data", help="Text that the model wrote (`train text`).")],
+    adapter: Annotated[str, typer.Option(help="Folder or Hub name of a calibrated mask, perhaps with a LoRA.")],
+    assistant: Annotated[str, typer.Option(help="Folder or Hub name of the drafter.")],
+    exclude: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of test prompts; text with one of them is dropped.")
+    ] = None,
+    texts: Annotated[int, typer.Option(help="Texts to measure acceptance on.")] = 24,
+    window: Annotated[int, typer.Option(help="Answer tokens read per text.")] = 64,
+    sampling: Annotated[
+        bool, typer.Option("--sampling", help="Rates at temperature 1 instead of greedy ones.")
+    ] = False,
+    layers: Annotated[float, typer.Option(help="Also plan for a target with so many parameters in its layers,")] = 0,
+    head: Annotated[float, typer.Option(help="so many in its head,")] = 0,
+    draft: Annotated[float, typer.Option(help="and a drafter of so many: costs by bytes, rates as measured.")] = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Measure costs and acceptance, and predict whether VIA-SD's third tier pays."""
+    from ..generation.slim import Units, load_slim
+    from ..generation.via_sd import ViaSDConfig
+    from ..training.commands import model_and_texts
+    from ..training.routing import SlimScorer
+    from .plan_via_sd import ViaSDPlanner, costs_by_bytes, measure_costs, measure_rates, read_parameters
+
+    if (layers > 0) != (head > 0) or (layers > 0) != (draft > 0):
+        raise ValueError(f"`--layers`, `--head` and `--draft` go together, got {layers:g}, {head:g}, {draft:g}.")
+    loaded, found, _ = model_and_texts(data, exclude, model, dtype, device)
+    found = [text for text in found if len(text.ids) - text.prompt_length >= window]
+    if len(found) < texts:
+        raise ValueError(f"`--texts` is {texts}, but only {len(found)} texts have answers of {window} tokens.")
+    second, slim = load_assistant(loaded, assistant, dtype, device), load_slim(loaded, adapter)
+    units, mode = Units(loaded, slim.granularity), slim.cache_mode or "shared"
+    scorer = SlimScorer(loaded, [found[i * len(found) // texts] for i in range(texts)], units, window, mode)
+    config = ViaSDConfig()
+    rates = measure_rates(scorer, second, slim, config.thresholds, config.regen_min_conf, sampling=sampling)
+    costs = measure_costs(loaded, second, slim, found[0].ids[None].to(loaded.device))
+    console.print(
+        f"rates: a {rates.two_tier:.3f}, a1 {rates.inner:.3f}, a2 {rates.outer:.3f}, tiers A/B/C "
+        f"{'/'.join(f'{share:.2f}' for share in rates.tiers)}, delta {rates.delta:.3f}"
+    )
+    table = Table(title="predicted speed-up over plain decoding (draft tokens; candidates per stage)")
+    for heading in ("costs", "draft", "slim of 1 and 6", "model of 6", "two-tier", "lossless", "lossy, safe"):
+        table.add_column(heading, justify="right")
+    share = units.share(slim.keep)
+    whole, top = read_parameters(loaded)
+    small = sum(read_parameters(second))
+    cases = {"measured here": costs, "by bytes": costs_by_bytes(whole, top, share, small)}
+    if layers:
+        cases["by bytes, as given"] = costs_by_bytes(layers, head, share, draft)
+    for name, case in cases.items():
+        plan = ViaSDPlanner(case, rates).plan()
+        table.add_row(
+            name, f"{case.draft:.3f}", f"{case.of(case.slim, 1):.2f} {case.of(case.slim, 6):.2f}",
+            f"{case.of(case.full, 6):.2f}", f"{plan.two_tier:.2f} ({plan.two_tier_gamma})",
+            f"{plan.lossless:.2f} ({plan.lossless_gamma}; {plan.stage_len})", f"{plan.lossy:.2f} ({plan.lossy_gamma})",
+        )  # fmt: skip
+        console.print(f"{name}: {plan.advice}")
+    console.print(table)

@@ -9,7 +9,7 @@ from rich.table import Table
 from .run import STOCK, Measurement
 
 
-_WIDE = 130
+_WIDE = 140
 
 
 def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
@@ -38,6 +38,7 @@ def table(measurements: Sequence[Measurement], width: int = 200) -> Table:
     }
     if width >= _WIDE:
         columns |= {
+            "target calls/token": lambda m: _number(m.forwards, 2),
             "draft ms": lambda m: _number(m.draft_ms, 1),
             "verify ms": lambda m: _number(m.verify_ms, 1),
             "select ms": lambda m: _number(m.select_ms, 1),

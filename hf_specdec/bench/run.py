@@ -61,6 +61,8 @@ class Measurement:
         tokens_per_step, acceptance (`float`, *optional*): of the last repeat, for strategies.
         draft_ms, verify_ms, select_ms (`float`, *optional*): per forward (selection: per round), median.
         modelled (`float`, *optional*): speed-up over the `plain` strategy that these step times predict.
+        forwards (`float`, *optional*): forwards of the whole target per column, the prefill's left out.
+        method (`dict`, *optional*): the method's own counters, of the last repeat.
         same_tokens (`float`): share of the tokens before which the text equals the default arm's.
     """
 
@@ -77,6 +79,8 @@ class Measurement:
     verify_ms: float | None = None
     select_ms: float | None = None
     modelled: float | None = None
+    forwards: float | None = None
+    method: dict[str, Any] | None = None
     same_tokens: float = 1.0
 
 
@@ -228,7 +232,11 @@ def measure(
 def _rounds(m: Measurement, stats: SpeculationStats) -> float:
     """Return the milliseconds of an average round by its parts."""
     drafts = stats.draft_forwards / max(stats.target_forwards, 1)
-    return drafts * (m.draft_ms or 0.0) + (m.verify_ms or 0.0)
+    spent = drafts * (m.draft_ms or 0.0) + (m.verify_ms or 0.0)
+    tiered = sum(stats.method.get(f"{kind}_rounds", 0) for kind in ("tiered", "strict", "forced"))
+    if not tiered:
+        return spent
+    return (spent * stats.target_forwards + 1000 * stats.seconds.get("slim", 0.0)) / tiered
 
 
 def merge(groups: Sequence[Sequence[Measurement]]) -> list[Measurement]:
@@ -246,11 +254,26 @@ def merge(groups: Sequence[Sequence[Measurement]]) -> list[Measurement]:
         mean["tokens_per_step"] = len(steps) / sum(steps) if steps else None
         context = round(statistics.mean(m.context for m in found))
         repeats = [m.ms_per_token for m in found]
-        merged.append(replace(first, context=context, repeats=repeats, **cast("dict[str, Any]", mean)))
+        method = _total([m.method for m in found if m.method is not None])
+        merged.append(replace(first, context=context, repeats=repeats, method=method, **cast("dict[str, Any]", mean)))
     return merged
 
 
-_MEANS = ("ms_per_token", "acceptance", "draft_ms", "verify_ms", "select_ms", "modelled", "same_tokens")
+_MEANS = ("ms_per_token", "acceptance", "draft_ms", "verify_ms", "select_ms", "modelled", "forwards", "same_tokens")
+
+
+def _total(counters: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return sums of the whole numbers that some runs counted, tables of them included; nothing else adds up."""
+    if not counters:
+        return None
+    sums: dict[str, Any] = {}
+    for key in dict.fromkeys(key for counter in counters for key in counter):
+        values = [counter[key] for counter in counters if key in counter]
+        if all(isinstance(value, dict) for value in values):
+            sums[key] = _total(values)
+        elif all(type(value) is int for value in values):
+            sums[key] = sum(values)
+    return sums
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -285,9 +308,15 @@ def _summarise(
     if runs and runs[-1].num_draft_tokens:
         last = runs[-1]
         result.tokens_per_step, result.acceptance = last.mean_tokens_per_step, last.acceptance_rate
-        result.draft_ms = statistics.median(1000 * s.seconds["draft"] / s.draft_forwards for s in runs)
-        result.verify_ms = statistics.median(1000 * s.seconds["verify"] / s.target_forwards for s in runs)
-        result.select_ms = statistics.median(1000 * s.seconds.get("select", 0.0) / s.target_forwards for s in runs)
+        result.forwards = last.target_forwards / (new_tokens - 1)
+        result.method = {key: value for key, value in last.method.items() if key != "tier_ids"}
+        draft, verify, select = (
+            statistics.median(1000 * s.seconds.get(phase, 0.0) / max(getattr(s, count), 1) for s in runs)
+            for phase, count in (
+                ("draft", "draft_forwards"), ("verify", "target_forwards"), ("select", "target_forwards"),
+            )
+        )  # fmt: skip
+        result.draft_ms, result.verify_ms, result.select_ms = draft, verify, select
     return result
 
 

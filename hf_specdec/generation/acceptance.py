@@ -223,7 +223,7 @@ def prefilter_law(draft: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
 
 
 def coupled_law(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Return the law `[..., V]` of tiers A and B without C: the draft in tier A, else a draw from the slim verifier."""
+    """Return the law `[..., V]` of tiers A and B without C: the draft in A, else a draw from the slim verifier."""
     kept = prefilter_law(draft, tier)
     return kept + (1 - kept.sum(dim=-1, keepdim=True)) * slim
 

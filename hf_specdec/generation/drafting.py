@@ -83,7 +83,7 @@ class Reader:
 
 
 def check_whole_text(state: DecodingState) -> None:
-    """Raise `ValueError` for an earlier turn's cache with the new tokens only, where a second model has to read all."""
+    """Raise `ValueError` for an earlier turn's cache with new tokens only, where a second model has to read all."""
     if state.prompt.past is not None and state.prompt.mask.shape[1] != state.prompt.ids.shape[1]:
         raise ValueError(
             "With a second model that reads the text and `past_key_values`, give the whole text as `input_ids`, not "
@@ -102,6 +102,7 @@ class AssistantDrafter(Drafter):
 
     gives_hidden = True
     looks_ahead = True
+    limit: int
 
     def __init__(self, model: PreTrainedModel | str, num_assistant_tokens: int, stop: float = 0.0) -> None:
         self.source, self.limit, self.stop = model, num_assistant_tokens, stop

@@ -305,6 +305,7 @@ class Proxy(nn.Module):
         return getattr(self.__dict__["_module"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `run`."""
         return self._run(self._module, *args, **kwargs)
 
 

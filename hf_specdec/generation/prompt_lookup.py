@@ -41,9 +41,10 @@ class PromptLookupConfig(SpeculationConfig):
 
 
 class LookupDrafter(Drafter):
-    """Drafts what followed the newest n-gram at its latest earlier place in the row's text."""
+    """Drafts what followed the newest n-gram at an earlier place in the row's text."""
 
     law = "point"
+    limit: int
 
     def __init__(self, config: PromptLookupConfig) -> None:
         self.limit, self.longest = config.num_assistant_tokens, config.max_matching_ngram_size
@@ -59,12 +60,14 @@ class LookupDrafter(Drafter):
         return Draft(tokens, counts)
 
     def _follow(self, text: torch.Tensor, room: int) -> torch.Tensor:
-        """Return up to `room` tokens that followed the newest n-gram of `text` `[t]` before, the longest n-gram first."""
+        """Return up to `room` tokens that followed the newest words of `text` `[t]` before, most words first."""
         for size in range(min(self.longest, len(text) - 1), 0, -1):
             windows = text[:-1].unfold(0, size, 1)  # the newest n-gram itself is no earlier place
             places = (windows == text[-size:]).all(dim=1).nonzero()[:, 0]
             if len(places):
-                begin = int(places[-1]) + size
+                # the latest place that enough words follow, so that a text which repeats itself is drafted in full
+                enough = places[places + size + room <= len(text)]
+                begin = int(enough[-1] if len(enough) else places[0]) + size
                 return text[begin : begin + room]
         return text[:0]
 

@@ -190,7 +190,7 @@ def slim_model(
     for name, (down, up, scale) in (terms or {}).items():
         base = model.get_submodule(name)
         weight = cast(torch.Tensor, base.weight)
-        changes[id(base)] = LowRank(base, *(part.to(weight.device, weight.dtype) for part in (down, up)), scale)
+        changes[id(base)] = LowRank(base, down.to(weight), up.to(weight), scale)
     if units.halves:
         for unit in units.skipped(keep):
             half = units.halves[unit // 2][unit % 2]

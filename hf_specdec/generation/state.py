@@ -120,7 +120,9 @@ class DecodingState:
             starts (`list[int]`, *optional*): where each slot's tokens lie instead.
         """
         self.stats.target_forwards += 1
-        return self.target.forward(tokens, [count - 1 for count in self.committed] if starts is None else starts, **options)
+        return self.target.forward(
+            tokens, [count - 1 for count in self.committed] if starts is None else starts, **options
+        )
 
     def process(self, logits: torch.Tensor, drafts: torch.Tensor, back: Sequence[int] | None = None) -> torch.Tensor:
         """Return `logits` `[n, m, V]` after the caller's processors, on the text's device.
@@ -134,7 +136,9 @@ class DecodingState:
         logits = logits.to(self.device)
         if not len(self.processors) and not self.do_sample:
             return logits  # greedy decoding reads the argmax only, which no cast changes
-        columns = [self.columns[row] - less for row, less in zip(self.active, back or [0] * len(self.active), strict=True)]
+        columns = [
+            self.columns[row] - less for row, less in zip(self.active, back or [0] * len(self.active), strict=True)
+        ]
         return self.processors(logits, self.ids, self.active, columns, drafts)
 
     def process_next(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 Idea      the model without some of its layers tells good drafts from bad ones at part of the cost.
 Drafts    any drafter: `assistant_model` by default, another strategy's, or the slim verifier itself.
-Verifies  losslessly by default: the slim verifier turns blocks of drafts into better candidates, and one forward of the
-          model judges them all. The published mode is lossy: a token that the slim verifier clearly likes is kept
+Verifies  losslessly by default: the slim verifier turns blocks of drafts into better candidates, and one forward of
+          the model judges them all. The published mode is lossy: a token that the slim verifier clearly likes is kept
           (tier A), one that it half likes it writes itself (B), and only the others go to the model (C).
-Trained   nothing, or a LoRA that works in the slim passes only (`hf-specdec train via_sd`); the mask of left-out layers
-          is searched offline (`hf-specdec calibrate via_sd`).
+Trained   nothing, or a LoRA that works in the slim passes only (`hf-specdec train via_sd`); the mask of left-out
+          layers is searched offline (`hf-specdec calibrate via_sd`).
 Paper     https://arxiv.org/abs/2606.12243
 New here  stock assisted decoding has two tiers; a lossless mode, batches, an adapter and a free audit go beyond the
           paper.
@@ -21,19 +21,19 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration import SpeculationConfig
 from . import acceptance
 from .acceptance import ACCEPT, ESCALATE, REGENERATE
-from .drafting import NoDrafter, Reader, chosen_drafter
+from .drafting import NoDrafter, chosen_drafter
 from .registry import preset
-from .runner import Forward, ModelRunner
-from .slim import BUDGETS, GRANULARITIES, Slim, Units, load_slim, slim_model
+from .runner import Forward
+from .slim import BUDGETS, GRANULARITIES
+from .slim_drafter import LONGEST_DRAFT, SlimDrafter, point_masses
 from .state import DecodingState
 from .strategy import Draft, Drafter, SpeculationStrategy, StepResult
 
@@ -48,11 +48,6 @@ CACHES = ("shared", "own")
 ACTIONS = ("report", "tighten")
 SCHEDULES = ("constant", "heuristic")
 _TAU_ACCEPT, _TAU_ESCALATE = 0.7, 0.5
-_LONGEST_DRAFT = 16
-
-
-class ViaSDQualityError(ValueError):
-    """The slim verifier is not known to be good enough for the lossy mode."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ class ViaSDConfig(SpeculationConfig):
             after a block that stayed whole and one less after any other.
         draft_stop (`float`, *optional*, defaults to 0.0): stop drafting after a token that the assistant gives less
             probability.
-        drafter (`SpeculationConfig` or `str`, *optional*): what drafts instead of `assistant_model`: another strategy's
-            settings or name, such as `"prompt_lookup"`, or `"slim"`: the slim verifier itself (lossless mode only).
+        drafter (`SpeculationConfig` or `str`, *optional*): what drafts instead of `assistant_model`: settings or name
+            of another strategy, such as `"prompt_lookup"`, or `"slim"`: the slim verifier itself (lossless mode only).
         mode (`str`, *optional*, defaults to `"lossless"`): or `"lossy"`, as published.
         lossless_rule (`str`, *optional*, defaults to `"exact"`): how the slim verifier makes candidates: `"exact"`
             ones that follow its own law; by the `"gate"` of the paper's tiers; or with `"prefilter"` it only drops.
@@ -74,7 +69,7 @@ class ViaSDConfig(SpeculationConfig):
         stage_stop_conf (`float`, *optional*, defaults to 0.4): judge early after a candidate where M is lower.
         tau_accept (`float`, *optional*, defaults to 0.7): tier A from this r on.
         tau_escalate (`float`, *optional*, defaults to 0.5): tier C below this r.
-        alpha1, alpha2 (`float`, *optional*): the paper's thresholds, instead of the two above; (0.5, 0.3) in the paper.
+        alpha1, alpha2 (`float`, *optional*): the paper's thresholds, instead of the two above; 0.5 and 0.3 there.
         alpha_convention (`str`, *optional*, defaults to `"sorted"`): how they are read: `"sorted"` sets the thresholds
             1 - min and 1 - max, `"direct"` alpha1 and alpha2, `"literal"` 1 - alpha2 twice, so that B is empty.
         lossy_level (`float`, *optional*, defaults to 1.0): share of the lossy rounds that are tiered; the model
@@ -153,8 +148,10 @@ class ViaSDConfig(SpeculationConfig):
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.slim_cache not in (None, *CACHES):
             raise ValueError(f"`slim_cache` must be one of {', '.join(CACHES)} or None, got {self.slim_cache!r}.")
-        if self.num_assistant_tokens > _LONGEST_DRAFT:
-            raise ValueError(f"`num_assistant_tokens` must be at most {_LONGEST_DRAFT}, got it as {self.num_assistant_tokens}.")
+        if self.num_assistant_tokens > LONGEST_DRAFT:
+            raise ValueError(
+                f"`num_assistant_tokens` must be at most {LONGEST_DRAFT}, got it as {self.num_assistant_tokens}."
+            )
         for name in ("lossy_level", "draft_stop", "stage_stop_conf", "audit_target", "min_slim_agreement"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
@@ -225,330 +222,6 @@ class ViaSDConfig(SpeculationConfig):
     def brings_drafter(self) -> bool:
         """Whether a drafter is named."""
         return self.drafter is not None
-
-
-class SlimVerifier:
-    """Reads blocks with the slim model: over the target's cache, or over one of its own.
-
-    Shared, its keys and values lie where the target's will: the target's next pass writes over them, in all layers.
-    """
-
-    def __init__(self, config: ViaSDConfig) -> None:
-        self.config = config
-        self.units: Units
-        self.found: Slim
-        self.reader: Reader | None = None  # of a cache of its own
-        self.runner: ModelRunner
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Find the mask and the adapter, and raise `ValueError` for what doesn't fit `model` or each other."""
-        config = self.config
-        mask, known = config.keep_mask, None
-        if config.adapter is not None:
-            known = load_slim(model, config.adapter)
-            if mask is not None and list(mask) != known.keep:
-                raise ValueError(
-                    f"`keep_mask` is not the mask of `adapter={config.adapter!r}`, to which its calibration and its "
-                    "LoRA belong; leave it out."
-                )
-        granularity = config.granularity if known is None else known.granularity
-        self.units = Units(model, granularity)
-        if known is None:
-            keep = list(mask) if mask is not None else self.units.even(config.skip_ratio, config.skip_budget_by)
-            known = Slim(granularity, keep, {})
-            if mask is None:
-                logger.warning_once(
-                    f"VIA-SD has no mask for {type(model).__name__} and leaves out evenly spaced layers, which is far "
-                    "from the best choice: search one with `hf-specdec calibrate via_sd`."
-                )
-        self.units.check(known.keep)
-        wanted = config.slim_cache or known.cache_mode or "shared"
-        if known.cache_mode is not None and wanted != known.cache_mode:
-            raise ValueError(
-                f"`slim_cache={wanted!r}` does not fit `adapter={config.adapter!r}`, which was trained for "
-                f"{known.cache_mode!r}."
-            )
-        self.found, self.shared = known, wanted == "shared"
-        self._check_quality()
-
-    def _check_quality(self) -> None:
-        config, agreement = self.config, self.found.calibration.get("agreement")
-        if agreement is None:
-            if config.tiered and not config.force:
-                raise ViaSDQualityError(
-                    "mode='lossy' needs a slim verifier that has been measured: calibrate one with `hf-specdec "
-                    "calibrate via_sd` and pass its folder as `adapter`, or set `force=True`."
-                )
-            return
-        if config.tiered and not config.force and agreement < config.min_slim_agreement:
-            raise ViaSDQualityError(
-                f"mode='lossy' needs a slim verifier that agrees with the model on `min_slim_agreement="
-                f"{config.min_slim_agreement}` of the tokens; the one of `adapter={config.adapter!r}` does on "
-                f"{agreement:.3f}. Train it further, skip less, or set `force=True`."
-            )
-
-    def model(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return the slim model, which uses the attention that `model` uses now."""
-        return slim_model(model, self.units, self.found.keep, self.found.terms)
-
-    def setup(self, state: DecodingState, capacity: int) -> None:
-        """Read the prompts with the model's own attention, where there is a cache of its own."""
-        self.reader = None
-        if not self.shared:
-            layers = self.units.attentions(self.found.keep)
-            with state.timed("prefill"):
-                self.reader = Reader.read_prompts(state, self.model(state.model), capacity, state.windows, layers)
-            state.followers.append(self.reader)
-
-    def attach(self, state: DecodingState) -> None:
-        """Build the slim model again, now that the package's attention is on."""
-        cache = state.target.cache if self.reader is None else self.reader.runner.cache
-        layers = self.units.attentions(self.found.keep)
-        self.runner = ModelRunner(self.model(state.model), cache, state.max_length, layers)
-        if self.reader is not None:
-            self.reader.runner = self.runner
-
-    def read(self, state: DecodingState, drafts: torch.Tensor) -> torch.Tensor:
-        """Return the slim model's raw logits `[n, k + 1, V]` of each draft of `[n, k]` and of what follows the last."""
-        if self.reader is None:
-            tokens, starts = state.pending, [count - 1 for count in state.committed]
-        else:
-            tokens, starts = self.reader.unread(state, drafts[:, :0], [0] * len(state.active))
-        tokens = torch.cat([tokens, drafts], dim=1)
-        state.stats.method["slim_forwards"] += 1
-        output = self.runner.forward(tokens, starts)
-        if self.reader is not None:
-            self.reader.known = [start + tokens.shape[1] for start in starts]
-        return output.logits[:, -drafts.shape[1] - 1 :].to(state.device)
-
-    def commit(self, state: DecodingState) -> None:
-        """Keep what the text has."""
-        if self.reader is not None:
-            self.reader.commit(state)
-
-
-class SlimDrafter(Drafter):
-    """Drafts in two tiers, for lossless verification: the slim verifier turns another drafter's blocks into candidates.
-
-    Blocks follow one another until `stage_len` candidates are gathered. Each candidate comes with the exact law that it
-    was drawn from, so whoever judges them is lossless.
-
-    Args:
-        config (`ViaSDConfig`): the settings.
-        inner (`Drafter`): what drafts.
-    """
-
-    def __init__(self, config: ViaSDConfig, inner: Drafter) -> None:
-        self.config, self.inner, self.slim = config, inner, SlimVerifier(config)
-        if config.num_assistant_tokens_schedule == "heuristic" and inner.limit is None:
-            raise ValueError(
-                "`num_assistant_tokens_schedule='heuristic'` needs a drafter whose drafts may change in number: an "
-                "assistant or prompt lookup."
-            )
-
-    def prepare(self, model: PreTrainedModel) -> None:
-        """Load drafter, mask and adapter."""
-        self.inner.prepare(model)
-        self.slim.prepare(model)
-
-    def setup(self, state: DecodingState) -> None:
-        """Prepare both tiers."""
-        self.inner.setup(state)
-        self.slim.setup(state, state.max_length + self.config.num_assistant_tokens + 1)
-        state.stats.method.update(
-            slim_forwards=0, drafter_tokens=0, drafter_kept=0, candidates=0, stages=0,
-            slim_cache="shared" if self.slim.shared else "own", skipped_share=self.slim.units.share(self.slim.found.keep),
-        )  # fmt: skip
-
-    def prefill_kwargs(self, state: DecodingState) -> dict[str, Any]:
-        """Return the inner drafter's."""
-        return self.inner.prefill_kwargs(state)
-
-    def prefill(self, state: DecodingState) -> None:
-        """Let both tiers read the prompts."""
-        self.inner.prefill(state)
-        self.slim.attach(state)
-
-    def propose(self, state: DecodingState) -> Draft:
-        """Gather candidates block by block, each row until it has enough or the model should judge."""
-        config, method = self.config, state.stats.method
-        before = [state.columns[row] for row in state.active]
-        rooms = state.draft_room(config.stage_len + config.num_assistant_tokens)
-        found: list[list[int]] = [[] for _ in before]
-        laws: list[list[torch.Tensor]] = [[] for _ in before]
-        going = [room > 0 for room in rooms]
-        method["stages"] += 1
-        while any(going):
-            draft = self.inner.propose(state)
-            draft.counts = [count if goes else 0 for count, goes in zip(draft.counts, going, strict=True)]
-            if config.lossless_rule != "exact" and not max(draft.counts):
-                break
-            block = self._block(state, draft)
-            ends = state.is_eos(block.tokens).tolist()
-            for slot, row in enumerate(state.active):
-                if not going[slot]:
-                    continue
-                count = min(block.counts[slot], rooms[slot] - len(found[slot]))
-                end = next((place + 1 for place in range(count) if ends[slot][place]), None)
-                whole = count == block.counts[slot] and end is None
-                count = count if end is None else end
-                new = block.tokens[slot, :count].tolist()
-                if block.laws is not None:  # with prefilter, a dropped draft leaves its law
-                    laws[slot] += block.laws[slot, : count + (whole and block.dropped[slot])]
-                found[slot] += new
-                state.write(row, new)  # as if emitted, so that what drafts and reads next sees it
-                method["drafter_tokens"] += draft.counts[slot]
-                method["drafter_kept"] += min(block.kept[slot], count)
-                unsure = count > 0 and block.confidence[slot][count - 1] < config.stage_stop_conf
-                short = len(found[slot]) < min(config.stage_len, rooms[slot])
-                going[slot] = whole and count > 0 and short and not unsure and not block.closed[slot]
-            self._commit(state)
-            self.reschedule(draft.counts, block.kept)
-        for row, column in zip(state.active, before, strict=True):
-            state.cut(row, column)  # nothing stays before the model has judged it
-        method["candidates"] += sum(map(len, found))
-        rows = [torch.tensor(tokens, dtype=torch.int64, device=state.device) for tokens in found]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return Draft(tokens, [len(row) for row in found], _padded_laws(laws, [len(row) for row in found], state))
-
-    def _block(self, state: DecodingState, draft: Draft) -> _Block:
-        """Let the slim verifier turn each row's drafts into candidates."""
-        tokens, k = draft.tokens, draft.tokens.shape[1]
-        logits = self.slim.read(state, tokens)
-        scores = state.process(logits, tokens)
-        counts = torch.tensor(draft.counts, device=tokens.device)
-        s = state.law(scores) if state.do_sample else None
-        log_ratio, confidence = acceptance.slim_ratio(logits)
-        if self.config.lossless_rule == "exact":
-            if s is None:
-                verdict = acceptance.greedy_match(tokens, counts, scores.argmax(dim=-1))
-            else:
-                verdict = acceptance.speculative_sample(tokens, counts, s, draft.law)
-            kept = verdict.accepted.tolist()
-            no = [False] * len(kept)
-            return _Block(verdict.tokens, [count + 1 for count in kept], s, kept, no, no, confidence.tolist())
-        tier = self.tiers(state, log_ratio[:, :k], confidence[:, :k], scores[:, :k], tokens)
-        real = torch.arange(k, device=tokens.device) < counts[:, None]
-        p, every = None, None
-        if s is not None:
-            p = draft.law if draft.law is not None else _point_masses(tokens, s.shape[-1])
-            every = self.tiers(state, log_ratio[:, :k], confidence[:, :k, None], scores[:, :k])
-        if self.config.lossless_rule == "prefilter":
-            leading = ((tier == ACCEPT) & real).long().cumprod(dim=1).sum(dim=1)
-            kept = leading.tolist()
-            dropped = (leading < counts).tolist()
-            laws = None if p is None or every is None else acceptance.prefilter_law(p, every)
-            return _Block(tokens, kept, laws, kept, dropped, dropped, confidence.tolist())
-        choice = self.draw(scores[:, :k], None if s is None else s[:, :k])
-        new = torch.where(tier == REGENERATE, choice, tokens)
-        same = (new == tokens) & real
-        kept = same.long().cumprod(dim=1).sum(dim=1).tolist()
-        on = (same & (tier != ESCALATE)).long().cumprod(dim=1).sum(dim=1)
-        places = torch.minimum(on + 1, counts)  # the token that ends the block is a candidate too
-        last = tier.gather(1, (places - 1).clamp(min=0)[:, None])[:, 0] == ESCALATE if k else counts > 0
-        laws = None if p is None or every is None or s is None else acceptance.gate_law(p, s[:, :k], every)
-        return _Block(
-            new, places.tolist(), laws, kept, (last & (places > 0)).tolist(), [False] * len(kept), confidence.tolist()
-        )
-
-    def tiers(
-        self,
-        state: DecodingState,
-        log_ratio: torch.Tensor,
-        confidence: torch.Tensor,
-        scores: torch.Tensor,
-        tokens: torch.Tensor | None = None,
-        thresholds: tuple[float, float] | None = None,
-        regen_min_conf: float | None = None,
-        guard: bool = False,
-    ) -> torch.Tensor:
-        """Return the tiers of `tokens` `[n, k]`, or without them of all words `[n, k, V]` (see `acceptance.tiers`).
-
-        Args:
-            scores (`torch.Tensor` of shape `[n, k, V]`): the slim verifier's, processed.
-            guard (`bool`): escalate unsure ends of the text.
-        """
-        possible = scores > -torch.inf
-        words = torch.arange(scores.shape[-1], device=scores.device) if tokens is None else tokens
-        if tokens is not None:
-            log_ratio, possible = (part.gather(2, tokens[..., None])[..., 0] for part in (log_ratio, possible))
-        return acceptance.tiers(
-            log_ratio,
-            confidence,
-            self.config.thresholds if thresholds is None else thresholds,
-            self.config.regen_min_conf if regen_min_conf is None else regen_min_conf,
-            possible=possible,
-            ends=state.is_eos(words) if guard else None,
-        )
-
-    @staticmethod
-    def draw(scores: torch.Tensor, law: torch.Tensor | None) -> torch.Tensor:
-        """Return the slim verifier's own token `[n, m]` at each position: the most likely, or drawn from `law`."""
-        if law is None or not law.shape[1]:
-            return scores.argmax(dim=-1)
-        return torch.multinomial(law.flatten(0, 1), 1).view(law.shape[:2])
-
-    def reschedule(self, counts: list[int], kept: list[int]) -> None:
-        """Draft more after blocks that stayed whole, less after others, where that is wanted."""
-        if self.config.num_assistant_tokens_schedule == "heuristic" and max(counts):
-            whole = all(stayed >= count for stayed, count in zip(kept, counts, strict=True))
-            limit = cast(int, self.inner.limit) + (2 if whole else -1)
-            self.inner.limit = max(1, min(_LONGEST_DRAFT, limit))
-
-    def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
-        """Return the inner drafter's."""
-        return self.inner.verify_kwargs(state, draft)
-
-    def commit(self, state: DecodingState) -> None:
-        """Let both tiers take note of the text."""
-        self._commit(state)
-
-    def _commit(self, state: DecodingState) -> None:
-        self.inner.commit(state)
-        self.slim.commit(state)
-
-    def close(self, state: DecodingState) -> None:
-        """Release what the inner drafter took."""
-        self.inner.close(state)
-
-
-class _Block(NamedTuple):
-    """What the slim verifier made of one block, per row.
-
-    Attributes:
-        tokens (`torch.Tensor` of shape `[n, m]`): candidates,
-        counts (`list[int]`): how many of them are real,
-        laws (`torch.Tensor` of shape `[n, >= m, V]`, *optional*): and the law of each, when sampling.
-        kept (`list[int]`): leading drafts among them.
-        closed (`list[bool]`): whether the model should judge now.
-        dropped (`list[bool]`): whether the position after the last candidate has a law, of a draft that was dropped.
-        confidence (`list[list[float]]`): M at each position.
-    """
-
-    tokens: torch.Tensor
-    counts: list[int]
-    laws: torch.Tensor | None
-    kept: list[int]
-    closed: list[bool]
-    dropped: list[bool]
-    confidence: list[list[float]]
-
-
-def _point_masses(tokens: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.zeros(*tokens.shape, width, device=tokens.device).scatter_(2, tokens[..., None], 1.0)
-
-
-def _padded_laws(laws: list[list[torch.Tensor]], counts: list[int], state: DecodingState) -> torch.Tensor | None:
-    """Return the rows' laws as `[n, k, V]`, or `[n, k + 1, V]` if some row dropped a draft; `None` without laws."""
-    width = next((law.shape[-1] for row in laws for law in row), 0)
-    if not state.do_sample or not width:
-        return None
-    extra = any(len(row) > count for row, count in zip(laws, counts, strict=True))
-    padded = torch.zeros(len(laws), max(counts) + extra, width, device=state.device)
-    for slot, row in enumerate(laws):
-        if row:
-            padded[slot, : len(row)] = torch.stack(row)
-    return padded
 
 
 @dataclass
@@ -683,8 +356,8 @@ class ViaSDStrategy(SpeculationStrategy):
         scores = state.process(logits, tokens)
         law = state.law(scores) if state.do_sample else None
         log_ratio, confidence = acceptance.slim_ratio(logits)
-        rules = {"thresholds": self.thresholds, "regen_min_conf": self.regen_min_conf, "guard": config.eos_guard}
-        tier = self.drafter.tiers(state, log_ratio[:, :k], confidence[:, :k], scores[:, :k], tokens, **rules)
+        rules = self.thresholds, self.regen_min_conf, config.eos_guard
+        tier = self.drafter.tiers(state, log_ratio[:, :k], confidence[:, :k], scores[:, :k], tokens, *rules)
         redrawn = self.drafter.draw(scores, law)
         if config.coupled:
             tier = torch.where(tier == ACCEPT, ACCEPT, REGENERATE)  # what the processors exclude is drawn anew
@@ -740,7 +413,7 @@ class ViaSDStrategy(SpeculationStrategy):
         every = self.drafter.tiers(
             state, log_ratio[:, :k], confidence[:, :k, None], scores[:, :k], None, self.thresholds, self.regen_min_conf
         )
-        p = draft.law if draft.law is not None else _point_masses(tokens, law.shape[-1])
+        p = draft.law if draft.law is not None else point_masses(tokens, law.shape[-1])
         both = acceptance.coupled_law(p, law[:, :k], every)
         counts = torch.tensor(draft.counts, device=tokens.device)
         verdict = acceptance.speculative_sample(tokens, counts, torch.cat([both, law[:, k:]], dim=1), p)
@@ -808,11 +481,11 @@ class ViaSDStrategy(SpeculationStrategy):
         """Move the thresholds, never under the configured ones."""
         accept, escalate = self.thresholds
         self.thresholds = max(self.config.thresholds[0], min(max(1.0, accept), accept + step)), escalate
-        self.regen_min_conf = max(self.config.regen_min_conf, min(max(1.0, self.regen_min_conf), self.regen_min_conf + step))
+        self.regen_min_conf = max(
+            self.config.regen_min_conf, min(max(1.0, self.regen_min_conf), self.regen_min_conf + step)
+        )
 
-    def _result(
-        self, state: DecodingState, draft: Draft, slim: Forward | None, target: Forward | None
-    ) -> StepResult:
+    def _result(self, state: DecodingState, draft: Draft, slim: Forward | None, target: Forward | None) -> StepResult:
         """Put the rows' decisions together."""
         rows = self.decided
         tokens = torch.nn.utils.rnn.pad_sequence(
@@ -854,12 +527,13 @@ class ViaSDStrategy(SpeculationStrategy):
 
     def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
         """Return what the model has read: behind it lie the slim verifier's states, in some layers."""
-        return self.read[slot] if self.config.tiered else super().clean_length(state, layer_idx, slot)
+        text = super().clean_length(state, layer_idx, slot)
+        return min(self.read[slot], text) if self.config.tiered else text  # a criterion may have cut the text since
 
     def swap(self, i: int, j: int) -> None:
         """Exchange the slots i and j."""
-        for values in (self.read, self.unread):
-            values[i], values[j] = values[j], values[i]
+        self.read[i], self.read[j] = self.read[j], self.read[i]
+        self.unread[i], self.unread[j] = self.unread[j], self.unread[i]
 
     def close(self, state: DecodingState) -> None:
         """Report the tiers."""

@@ -59,6 +59,7 @@ class InsideHead(nn.Module):
         self.head = head
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[..., k]` of the words inside."""
         return self.head.reduced(hidden)
 
 

@@ -1,8 +1,8 @@
 """DIMR: which units of a model its slim verifier can do without (VIA-SD). Searched offline, once per model.
 
 Every candidate mask is scored on text that the model wrote, at the positions of the answers, against the model's own
-cached logits, in the cache mode of decoding: with `"own"` the slim model reads the whole text, with `"shared"` blocks of
-it, over keys and values of the whole model. Candidates race: one that is worse than the best so far by two standard
+cached logits, in the cache mode of decoding: with `"own"` the slim model reads the whole text, with `"shared"` blocks
+of it, over keys and values of the whole model. Candidates race: one that is worse than the best so far by two standard
 errors is dropped before it has seen all texts.
 """
 
@@ -182,12 +182,11 @@ class SlimScorer:
         self.runners.append(runner)
 
     @torch.no_grad()
-    def __call__(self, keep: Mask, index: int, terms: LowRankTerms | None = None) -> dict[str, float]:
-        """Return the costs of a mask on one text."""
+    def logits(self, keep: Mask, index: int, terms: LowRankTerms | None = None) -> torch.Tensor:
+        """Return a slim model's logits `[m, V]` along the answer of one text."""
         text = self.texts[index]
         if not self.shared:
-            mine = self._read(slim_model(self.model, self.units, keep, terms), text)
-            return costs(self.teacher[index], mine, *self.leniency)
+            return self._read(slim_model(self.model, self.units, keep, terms), text)
         with speculative_attention(self.model):
             whole = self.runners[index]
             slim = ModelRunner(
@@ -202,7 +201,11 @@ class SlimScorer:
                 parts.append(slim.forward(ids, [begin]).logits[0])
         for layer, (keys, values) in zip(whole.cache.layers, self.clean[index], strict=True):
             layer.keys[:, :, first : end + 1], layer.values[:, :, first : end + 1] = keys, values
-        return costs(self.teacher[index], torch.cat(parts[::-1]), *self.leniency)
+        return torch.cat(parts[::-1])
+
+    def __call__(self, keep: Mask, index: int, terms: LowRankTerms | None = None) -> dict[str, float]:
+        """Return the costs of a mask on one text."""
+        return costs(self.teacher[index], self.logits(keep, index, terms), *self.leniency)
 
     def report(self, keep: Mask, terms: LowRankTerms | None = None) -> dict[str, float]:
         """Return the means of all costs over all texts, and the share of equal most likely words as `agreement`."""
@@ -256,9 +259,7 @@ def search_mask(
 
 
 class _Search:
-    def __init__(
-        self, scorer: SlimScorer, settings: MaskSearch, folder: Path, resume: bool, report: Report
-    ) -> None:
+    def __init__(self, scorer: SlimScorer, settings: MaskSearch, folder: Path, resume: bool, report: Report) -> None:
         self.scorer, self.settings, self.report = scorer, settings, report
         self.units, self.file = scorer.units, folder / "search.json"
         if not self.units.free:

@@ -122,7 +122,7 @@ class _SlimRun(Distillation):
         )  # fmt: skip
         self.peft: Any = get_peft_model(slim, lora, adapter_name=LORA_FOLDER)
         own = {name: value for name, value in self.peft.named_parameters() if ".lora_" in name}
-        self.student = self.adopt(_Student(self.peft.base_model.model), own)
+        self.student = self.adopt(_Student(cast(PreTrainedModel, self.peft.base_model.model)), own)
         self.scorer = SlimScorer(target, self.held_out, self.units, settings.max_length, "own")
         self.before = self.scorer.report(self.keep)
 
