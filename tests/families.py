@@ -128,6 +128,8 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
         # of two layers, the first one's MLP may be left out; flat random laws must not end every stage at once
         changes |= {"granularity": "sublayer", "keep_mask": [True, False, True, True], "stage_stop_conf": 0.0}
         changes |= {"stage_len": 5, "regen_min_conf": 0.0, "tau_accept": 0.5, "tau_escalate": 0.2}
+    if strategy == "via_sd:prefilter":
+        changes |= {"tau_accept": 0.1, "tau_escalate": 0.0}  # lets wrong drafts pass too
     if strategy in ("via_sd:safe", "via_sd:paper"):
         everything = {"tau_accept": 1.01, "tau_escalate": 1.01, "bonus_min_conf": 1.01, "alpha1": None, "alpha2": None}
         changes |= {"force": True, "lossy_level": 0.8, **everything}  # every draft is escalated

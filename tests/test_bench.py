@@ -52,9 +52,9 @@ def test_prefill_leaves_out_the_last_token(model, ids):
 
 
 def test_stock_modes_of_one_row_are_left_out_for_more(model, ids):
-    arms = [make_arm("default", None), make_arm("prompt_lookup", None)]
+    arms = [make_arm("default", None), make_arm("stock_prompt_lookup", None)]
     assert [m.name for m in measure(model, ids, arms, 4, 1)] == ["default"]
-    assert [m.name for m in measure(model, ids[:1], arms, 4, 1)] == ["default", "prompt_lookup"]
+    assert [m.name for m in measure(model, ids[:1], arms, 4, 1)] == ["default", "stock_prompt_lookup"]
 
 
 def test_arms_that_need_a_second_model_say_so():

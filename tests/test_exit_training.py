@@ -269,6 +269,7 @@ def test_the_command_calibrates_and_refuses(monkeypatch, tmp_path):
         ["bench", "--ablate", "vegas"],
     ):
         monkeypatch.setattr("hf_specdec.cli.load_model", lambda *_: (tiny_llama().float(), None))
+        monkeypatch.setattr("hf_specdec.bench.commands.load_model", lambda *_: (tiny_llama().float(), None))
         monkeypatch.setattr("hf_specdec.bench.texts.long_prompt", lambda *_: [3, 4, 5])
         monkeypatch.setattr(sys, "argv", ["hf-specdec", *arguments])
         with pytest.raises(SystemExit) as stopped:

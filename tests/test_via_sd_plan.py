@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import families
 import pytest
 import torch
+import transformers
 
+from hf_specdec import ViaSDConfig
 from hf_specdec.bench.plan_via_sd import (
     Costs,
     Rates,
@@ -15,8 +19,9 @@ from hf_specdec.bench.plan_via_sd import (
     measure_rates,
     read_parameters,
 )
+from hf_specdec.cli import main
 from hf_specdec.generation.slim import Slim, Units
-from hf_specdec.training.data import Text
+from hf_specdec.training.data import Text, save_texts
 from hf_specdec.training.routing import SlimScorer
 
 
@@ -129,3 +134,46 @@ def test_costs_are_measured_for_every_width(measured):
     layers, head = read_parameters(model)
     assert head == 64 * 32
     assert layers == sum(p.numel() for p in model.model.layers.parameters())
+
+
+def command(monkeypatch, *arguments, fails=False):
+    monkeypatch.setattr(sys, "argv", ["hf-specdec", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == (2 if fails else 0)
+
+
+def test_the_commands_search_train_and_plan(monkeypatch, tmp_path, capsys):
+    """From a model's own text to a mask, a LoRA and a plan; each command reads what the last one wrote."""
+    model = families.build("Llama", num_hidden_layers=6).float()
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(tmp_path / "model")
+    families.tokenizer().save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 64, (12, 30), generator=torch.Generator().manual_seed(0))
+    save_texts([Text(row, 8) for row in ids], tmp_path / "text.safetensors")
+    data, base = ("--data", tmp_path / "text.safetensors"), ("--model", tmp_path / "model", "--dtype", "float32")
+    searching = ("calibrate", "via_sd", *data, *base, "--save", tmp_path / "mask", "--texts", 4, "--window", 16)
+    command(monkeypatch, *searching, "--steps", 25, "--skip-ratio", 0.3, "--slim-cache", "own")
+    command(monkeypatch, *searching, "--steps", 30, "--skip-ratio", 0.3, "--slim-cache", "own", "--resume")
+    other = ("--steps", 30, "--skip-ratio", 0.5, "--slim-cache", "own", "--resume")
+    command(monkeypatch, *searching, *other, fails=True)  # not the settings of the search in the folder
+    command(monkeypatch, *searching[:-4], "--texts", 400, fails=True)
+    assert "`--texts` is 400" in capsys.readouterr().err.replace("\n", " ")
+    training = ("train", "via_sd", *data, *base, "--mask", tmp_path / "mask", "--out", tmp_path / "slim")
+    command(monkeypatch, *training, "--steps", 2, "--rank", 2, "--vocabulary", 0)
+    planning = ("calibrate", "via_sd_plan", *data, *base, "--assistant", tmp_path / "model", "--texts", 4)
+    command(monkeypatch, *planning, "--adapter", tmp_path / "slim", "--window", 16)
+    command(monkeypatch, *planning, "--adapter", tmp_path / "slim", "--window", 16, "--layers", 1e9, fails=True)
+    found = capsys.readouterr()
+    assert "rates: a 1.000" in found.out
+    assert "two-tier" in found.out
+    assert "go together" in found.err
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").double()
+    config = ViaSDConfig.from_pretrained(tmp_path / "slim")
+    stock = model.generate(ids[:, :8], do_sample=False, max_new_tokens=20)
+    out = model.generate(
+        ids[:, :8], do_sample=False, max_new_tokens=20, assistant_model=model, assistant_strategy=config,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert torch.equal(out.sequences, stock)
+    assert out.speculation.method["slim_cache"] == "own"

@@ -24,7 +24,7 @@ from ..hub import resolve_strategy
 STOCK = ("default", "static")
 """Stock plain decoding, always measured: with the default cache, and the static one (compiled on CUDA)."""
 
-_STOCK_SPECULATIVE = ("prompt_lookup", "stock_assisted", "stock_early_exit")
+_STOCK_SPECULATIVE = ("stock_prompt_lookup", "stock_assisted", "stock_early_exit")
 _PREFILL_CHUNK = 1024
 
 
@@ -106,9 +106,10 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     """Return the arm called `name`.
 
     Args:
-        name (`str`): a stock arm (`default`, `static`, `prompt_lookup`, `stock_assisted`, `stock_early_exit@layer=3`)
+        name (`str`): a stock arm (`default`, `static`, `stock_prompt_lookup`, `stock_assisted`, `stock_early_exit@layer=3`)
             or anything that `assistant_strategy` takes. `name@key=value,key=value` changes fields of the strategy's
-            config, and of the assistant's generation config for `stock_assisted`; `[3;6]` is a list of numbers.
+            config, and of the assistant's generation config for `stock_assisted` (its lossy mode is
+            `stock_assisted@assistant_ensemble_weight=0.7`); `[3;6]` is a list of numbers.
         assistant (`PreTrainedModel`, *optional*): for the arms that need one.
 
     Raises:
@@ -116,7 +117,7 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     """
     if name in STOCK:
         return Arm(name, static=name == "static")
-    if name == "prompt_lookup":
+    if name == "stock_prompt_lookup":
         return Arm(name, {"prompt_lookup_num_tokens": 10})
     strategy, _, changes = name.partition("@")
     settings = {key: _value(text) for key, _, text in (part.partition("=") for part in changes.split(",") if part)}
@@ -130,7 +131,9 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     if needs and assistant is None:
         raise ValueError(f"The arm {name!r} needs a second model: give `--assistant FOLDER`.")
     if config is None:
-        return Arm(name, {"assistant_model": _stock_assistant(assistant, settings)})
+        # stock reads this one from the call, the others from the assistant
+        weight = {key: settings.pop(key) for key in ("assistant_ensemble_weight",) if key in settings}
+        return Arm(name, {"assistant_model": _stock_assistant(assistant, settings), **weight})
     options = {"assistant_strategy": config, **({"assistant_model": assistant} if needs else {})}
     return Arm(name, options, fresh=strategy_class(config.strategy).reads_prompt)
 

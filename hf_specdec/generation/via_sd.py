@@ -185,10 +185,13 @@ class ViaSDConfig(SpeculationConfig):
             for name in given:
                 if not 0 <= getattr(self, name) < 1:
                     raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
-            if self.alpha_convention == "literal" or self.thresholds[0] == self.thresholds[1]:
+            accept, escalate = self.thresholds
+            empty = "B" if accept == escalate else "C" if not escalate else ""
+            if empty:
                 logger.warning(
                     f"`alpha1={self.alpha1}` and `alpha2={self.alpha2}` under alpha_convention="
-                    f"{self.alpha_convention!r} leave tier B empty: both thresholds are {self.thresholds[0]:.3g}."
+                    f"{self.alpha_convention!r} leave tier {empty} empty: the thresholds are {accept:.3g} and "
+                    f"{escalate:.3g}."
                 )
         accept, escalate = self.thresholds
         if not 0 <= escalate <= accept <= 1.01 or not accept:
@@ -335,7 +338,9 @@ class ViaSDStrategy(SpeculationStrategy):
         if self.whole:
             with state.timed("verify"):
                 target = self._escalate(state, draft, tier)
-        return self._result(state, draft, slim, target)
+        result = self._result(state, draft, slim, target)
+        self.drafter.reschedule(draft.counts, result.accepted)
+        return result
 
     def _strict(self, state: DecodingState) -> bool:
         """Whether the model verifies this round as in ordinary speculative decoding: by the schedule, or the limit."""
@@ -437,7 +442,8 @@ class ViaSDStrategy(SpeculationStrategy):
             self._audit(state, scores)
         first = torch.tensor([b + len(row.tokens) for b, row in zip(back, rows, strict=True)], device=state.device)
         begins = torch.tensor([row.escalate or 0 for row in rows], device=state.device)
-        limit = 1 if self.config.escalate_scope == "token" and tier == "C" else tokens.shape[1]
+        alone = self.config.escalate_scope == "token" and tier == "C"
+        limit = 1 if alone else tokens.shape[1]
         left = [
             0 if row.escalate is None else min(limit, count - row.escalate)
             for row, count in zip(rows, draft.counts, strict=True)
@@ -452,8 +458,8 @@ class ViaSDStrategy(SpeculationStrategy):
         for slot, (accepted, new) in enumerate(zip(verdict.accepted.tolist(), verdict.tokens.tolist(), strict=True)):
             if rows[slot].escalate is None:
                 continue
-            stop = limit == 1 == accepted and draft.counts[slot] > 0 and tier == "C" and width > 0
-            for j, token in enumerate(new[: accepted + (not stop)]):
+            count = accepted + (not (alone and accepted))  # what follows a draft that was judged alone is left open
+            for j, token in enumerate(new[:count]):
                 rows[slot].add(token, tier if left[slot] else "Q", int(first[slot]) + j)
         return Forward(output.logits.to(state.device), scores)
 
@@ -521,9 +527,6 @@ class ViaSDStrategy(SpeculationStrategy):
             else:
                 self.unread[slot] += list(zip(row.tokens, row.shares, strict=True))[:count]
         state.target.cache.set_lengths(self.read[: len(kept)])
-        self.drafter.reschedule(
-            [len(row.tokens) for row in self.decided], [row.tiers.count("A") for row in self.decided]
-        )
 
     def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
         """Return what the model has read: behind it lie the slim verifier's states, in some layers."""

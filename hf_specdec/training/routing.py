@@ -265,6 +265,7 @@ class _Search:
         if not self.units.free:
             raise ValueError(f"A model of {len(self.units.layers)} layers has none that could be left out.")
         self.seen = _Seen()
+        self.repeated = 0  # proposals in a row that had been scored before
         self.made_with = {**asdict(settings), "max_steps": None, "patience": None, "minutes": None}
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -299,8 +300,8 @@ class _Search:
 
     def _propose(self) -> Mask:
         step = self.seen.steps
-        if step % self.settings.theta:
-            return self._random(step)
+        if step % self.settings.theta or self.repeated:
+            return self._random(step + self.repeated * self.settings.max_steps)
         return self._bayesian(step)
 
     def _swaps(self, mask: Mask) -> list[Mask]:
@@ -343,7 +344,9 @@ class _Search:
         """Score a mask, as long as it may still be the best; return whether it is."""
         seen = self.seen
         if mask in seen.costs:
+            self.repeated += 1
             return False
+        self.repeated = 0
         name, found = self.settings.objective, []
         agreement = 0.0
         for index in range(len(self.scorer)):
@@ -391,6 +394,7 @@ class _Search:
             seen.steps >= settings.max_steps
             or seen.steps - seen.last_gain >= settings.patience
             or seen.best_agreement >= settings.stop_agreement
+            or self.repeated >= _POOL  # a small model has few masks
             or self._out_of_time()
         )
 

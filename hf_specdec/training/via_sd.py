@@ -7,6 +7,7 @@ model stays as it is. Every position is read by the slim model alone, which is d
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,11 +117,10 @@ class _SlimRun(Distillation):
         shared = {id(t): t for t in [*target.parameters(), *target.buffers()]}
         twin = copy.deepcopy(target, cast("dict[int, Any]", shared))  # modules of its own around the same weights
         slim = slim_model(twin, Units(twin, self.mask.granularity), self.keep)
-        lora = LoraConfig(
-            r=settings.rank, lora_alpha=2 * settings.rank, target_modules=_linears(slim), bias="none",
-            base_model_name_or_path=describe(target)["name"],
-        )  # fmt: skip
-        self.peft: Any = get_peft_model(slim, lora, adapter_name=LORA_FOLDER)
+        lora = LoraConfig(r=settings.rank, lora_alpha=2 * settings.rank, target_modules=_linears(slim), bias="none")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks Transformers by a name that goes away
+            self.peft: Any = get_peft_model(slim, lora, adapter_name=LORA_FOLDER)
         own = {name: value for name, value in self.peft.named_parameters() if ".lora_" in name}
         self.student = self.adopt(_Student(cast(PreTrainedModel, self.peft.base_model.model)), own)
         self.scorer = SlimScorer(target, self.held_out, self.units, settings.max_length, "own")
@@ -158,6 +158,7 @@ class _SlimRun(Distillation):
     def write(self, record: dict[str, Any]) -> None:
         """Save settings, mask and LoRA."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self.peft.peft_config[LORA_FOLDER].base_model_name_or_path = describe(self.target)["name"]  # no local path
         state = {name: value.detach().bfloat16().cpu() for name, value in self.own.items()}
         self.peft.save_pretrained(self.path, state_dict=state, save_embedding_layers=False)
         for stray in (self.path / "README.md", self.path / LORA_FOLDER / "README.md"):
