@@ -1444,3 +1444,407 @@ def test_settings_survive_a_file(tmp_path):
     config = lossy(**MIXED, slim_cache="own", lossy_level=0.3, drafter="prompt_lookup")
     config.save_pretrained(tmp_path)
     assert SpeculationConfig.from_pretrained(tmp_path) == config
+
+
+# the slim model, its LoRA and its files
+
+
+@pytest.mark.parametrize("granularity, skip", [("layer", (2, 3)), ("layer", (1, 4)), ("sublayer", (1, 4, 7, 8))])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_oss", "qwen3"])
+def test_the_slim_model_is_the_model_without_units(name, granularity, skip):
+    prefix, changes = families.FAMILIES[name]
+    changes = dict(changes, num_hidden_layers=LAYERS)
+    if "layer_types" in changes:
+        changes["layer_types"] = ["sliding_attention", "full_attention"] * 3
+        skip = tuple(unit for unit in skip if unit not in (1,) or granularity == "sublayer")
+    model = families.build(prefix, **changes).float()
+    ids = families.prompts((19,))[0]
+    before = model(ids).logits
+    units = Units(model, granularity)
+    keep = kept(skip, len(units))
+    units.check(keep)
+    slim = slim_model(model, units, keep)
+    if name != "gpt_oss" or granularity == "layer":  # its MLP returns two values
+        torch.testing.assert_close(slim(ids).logits, without(model, skip, granularity)(ids).logits, rtol=0, atol=1e-5)
+    assert (slim(ids).logits - before).abs().max() > 0.05
+    assert torch.equal(model(ids).logits, before)
+    shared = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in slim.parameters()} <= shared
+
+
+def test_the_even_mask_keeps_to_its_budget():
+    model = families.build("Llama", num_hidden_layers=12)
+    for granularity, by, ratio in itertools.product(("layer", "sublayer"), ("params", "count"), (0.2, 0.45, 0.7)):
+        units = Units(model, granularity)
+        keep = units.even(ratio, by)
+        units.check(keep)
+        assert abs(units.share(keep, by) - ratio) <= 1 / 24 + 1e-9, (granularity, by, ratio)
+        left = units.skipped(keep)
+        gaps = [b - a for a, b in itertools.pairwise(left)]
+        if ratio == 0.2 and granularity == "layer":
+            assert min(gaps) > 1, "spread over the depth"
+
+
+def write_lora(folder, model, skip=SKIP, seed=0, scale=0.3, cache_mode="own", **changes):
+    """Save a mask with a random LoRA on the layers that stay, in PEFT's format, and return the folder's name."""
+    generator = torch.Generator().manual_seed(seed)
+    units, tensors, names = Units(model, "layer"), {}, []
+    for index in range(len(units)):
+        if index in skip:
+            continue
+        for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            name = f"model.layers.{index}.{name}"
+            weight = model.get_submodule(name).weight
+            names.append(name)
+            for part, shape in (("A", (4, weight.shape[1])), ("B", (weight.shape[0], 4))):
+                key = f"base_model.model.{name}.lora_{part}.weight"
+                tensors[key] = scale * torch.randn(shape, generator=generator)
+    inner = Path(folder) / "via_sd_slim"
+    inner.mkdir(parents=True)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": names, "bias": "none", **changes}
+    (inner / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, inner / "adapter_model.safetensors")
+    config, calibration = ViaSDConfig(num_assistant_tokens=3), {"agreement": 0.9}
+    save_slim(folder, config, model, units, kept(skip), calibration, {"trained_cache_mode": cache_mode})
+    return str(folder)
+
+
+def rewrite(folder, change):
+    """Change the record of a saved folder."""
+    file = Path(folder) / "specdec_config.json"
+    values = json.loads(file.read_text())
+    change(values["adapter"])
+    file.write_text(json.dumps(values))
+
+
+def test_a_lora_does_what_peft_does_with_it(pair, prompt, tmp_path):
+    from peft import PeftModel
+
+    target = pair[0]
+    folder = write_lora(tmp_path / "a", target)
+    found = load_slim(target, folder)
+    assert found.keep == kept() and found.cache_mode == "own" and found.granularity == "layer"
+    before = target(prompt).logits
+    slim = slim_model(target, Units(target, "layer"), found.keep, found.terms)
+    expected = PeftModel.from_pretrained(without(target, SKIP), Path(folder) / "via_sd_slim")(prompt).logits
+    torch.testing.assert_close(slim(prompt).logits, expected, rtol=0, atol=1e-9)
+    assert (expected - without(target, SKIP)(prompt).logits).abs().max() > 0.1
+    assert torch.equal(target(prompt).logits, before)
+
+
+class WithTerms(Reference):
+    """The reference with PEFT's own slim model."""
+
+    def __init__(self, pair, prompt, folder):
+        from peft import PeftModel
+
+        super().__init__(pair, prompt, shared=False)
+        self.slim = PeftModel.from_pretrained(self.slim, Path(folder) / "via_sd_slim")
+
+
+def test_a_lora_works_in_slim_passes_only(pair, prompt, tmp_path, monkeypatch):
+    """The model's logits stay bit-equal, its state as it was, and no context of PEFT's is entered."""
+    import peft
+
+    target = pair[0]
+    folder = write_lora(tmp_path / "a", target, scale=0.15)
+    reference = WithTerms(pair, prompt, folder)
+    before, state = target(prompt).logits, {name: value.clone() for name, value in target.state_dict().items()}
+    for name in ("disable_adapter", "__init__", "merge_and_unload"):
+        monkeypatch.setattr(peft.PeftModel, name, lambda *_, **__: pytest.fail("PEFT is not to be used in decoding"), raising=False)
+    config = lossy(**MIXED, keep_mask=None, adapter=folder)
+    found = check_greedy(pair, prompt, config, reference=reference)
+    assert found.method["slim_cache"] == "own" and found.method["tiers"]["C"] > 0
+    spy = spied(pair, prompt, config, max_new_tokens=20)[2]
+    first = spy.of("q")[0]
+    assert torch.equal(first[3], spied(pair, prompt, lossy(**MIXED), max_new_tokens=2)[2].of("q")[0][3])
+    for rule in RULES:
+        config = lossless(keep_mask=None, adapter=folder, lossless_rule=rule)
+        assert torch.equal(generate(pair, prompt, config, max_new_tokens=40), stock(target, prompt, torch.ones_like(prompt)))
+    assert torch.equal(target(prompt).logits, before)
+    assert list(target.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in target.state_dict().items())
+
+
+def test_no_adapter_is_switched_while_decoding():
+    folder = Path(hf_specdec.__file__).parent / "generation"
+    for file in folder.glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for name in ("disable_adapter", "merge_adapter", "merge_and_unload", "set_adapter", "import peft", "from peft"):
+            assert name not in text, f"{file.name} has {name}"
+
+
+def test_mismatches_of_mask_model_and_cache_are_refused(pair, prompt, tmp_path):
+    target = pair[0]
+    folder = write_lora(tmp_path / "good", target)
+    config = lossless(keep_mask=None, adapter=folder)
+    assert torch.equal(generate(pair, prompt, config, max_new_tokens=40), stock(target, prompt, torch.ones_like(prompt)))
+    refused(pair, prompt, config.override(slim_cache="shared"), "shared")
+    refused(pair, prompt, config.override(keep_mask=kept((1, 3))), "keep_mask")
+    generate(pair, prompt, config.override(keep_mask=kept(), slim_cache="own"), max_new_tokens=4)
+    # another mask beside the LoRA
+    other = write_lora(tmp_path / "mask", target)
+    rewrite(other, lambda record: record.update(keep_mask=kept((1, 3))))
+    refused(pair, prompt, config.override(adapter=other), "mask")
+    halves = write_lora(tmp_path / "halves", target)
+    rewrite(halves, lambda record: record["lora"].update(mask_hash=mask_hash(kept(), "sublayer")))
+    refused(pair, prompt, config.override(adapter=halves), "mask")
+    # another model: same shape, other weights; another depth; another width
+    refused(((families.build("Llama", seed=77, num_hidden_layers=LAYERS)), pair[1]), prompt, config, "another")
+    deeper = families.build("Llama", num_hidden_layers=LAYERS + 1)
+    refused((deeper, pair[1]), prompt, config, "num_hidden_layers")
+    # a LoRA that was trained on shared caches is not read from its own
+    shared = write_lora(tmp_path / "shared", target, cache_mode="shared")
+    refused(pair, prompt, config.override(adapter=shared, slim_cache="own"), "own")
+    # kinds of adapter whose meaning is another
+    for place, change in enumerate(({"use_dora": True}, {"use_rslora": True}, {"peft_type": "IA3"}, {"bias": "all"})):
+        strange = write_lora(tmp_path / str(place), target, **change)
+        refused(pair, prompt, config.override(adapter=strange), "LoRA")
+    refused(pair, prompt, config.override(adapter=str(tmp_path)), "holds no", FileNotFoundError)
+    gone = write_lora(tmp_path / "gone", target)
+    (Path(gone) / "via_sd_slim" / "adapter_model.safetensors").unlink()
+    refused(pair, prompt, config.override(adapter=gone), "holds no", FileNotFoundError)
+
+
+def test_mask_hashes_differ():
+    masks = [(kept(), "layer"), (kept((2, 4)), "layer"), (kept(), "sublayer"), (kept((), 7), "layer")]
+    assert len({mask_hash(*mask) for mask in masks}) == len(masks)
+
+
+def test_a_folder_is_a_strategy(pair, prompt, tmp_path):
+    folder = write_lora(tmp_path / "a", pair[0])
+    config = SpeculationConfig.from_pretrained(folder)
+    assert config.adapter == folder and config.num_assistant_tokens == 3
+    out = pair[0].generate(
+        prompt, assistant_strategy=folder, assistant_model=pair[1], do_sample=False, max_new_tokens=40,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert torch.equal(out.sequences, stock(pair[0], prompt, torch.ones_like(prompt)))
+    assert out.speculation.method["slim_cache"] == "own"
+    assert out.speculation.method["skipped_share"] == pytest.approx(2 / 6)
+
+
+# the search
+
+
+def words(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_the_margin_cost_by_its_definition():
+    q = words([0.5, 0.3, 0.2])
+    assert float(margin_cost(q, q)) == 0.0
+    # mild mismatch costs nothing, though the laws differ
+    tempered = q.pow(0.8) / q.pow(0.8).sum()
+    assert float(margin_cost(q, tempered)) == 0.0 and float((q - tempered).abs().sum()) > 0.04
+    moved = words([0.05, 0.25, 0.7])  # 3.5 times q on the last word
+    expected = sum(
+        float(p) * max(0.0, math.log(0.5) + math.log(p / w)) + float(w) * max(0.0, math.log(0.5) + math.log(p / w))
+        for p, w in zip(moved[0].tolist(), q[0].tolist(), strict=True)
+    )
+    assert expected > 0.3
+    assert float(margin_cost(q, moved)) == pytest.approx(expected)
+    assert float(margin_cost(moved, q)) != pytest.approx(expected)  # not symmetric
+    # alpha and beta stand at the places that they have in the definition
+    p, w = 0.7, 0.2
+    for alpha, beta in ((0.2, 0.9), (0.5, 0.8)):
+        expected = sum(
+            a * max(0.0, math.log(1 - alpha) + math.log(a / b)) + b * max(0.0, math.log(beta) + math.log(a / b))
+            for a, b in zip(moved[0].tolist(), q[0].tolist(), strict=True)
+        )
+        assert float(margin_cost(q, moved, alpha, beta)) == pytest.approx(expected)
+    assert p / w == pytest.approx(3.5)
+
+
+def test_costs_are_means_of_their_definitions():
+    generator = torch.Generator().manual_seed(0)
+    theirs, mine = (2 * torch.randn(7, 9, generator=generator) for _ in range(2))
+    q, p = theirs.double().softmax(-1), mine.double().softmax(-1)
+    found = costs(theirs, mine)
+    assert found["tv"] == pytest.approx(float((q - p).abs().sum(-1).mean() / 2), rel=1e-5)
+    assert found["kl"] == pytest.approx(float((q * (q / p).log()).sum(-1).mean()), rel=1e-5)
+    assert found["margin"] == pytest.approx(float(margin_cost(q, p).mean()), rel=1e-5)
+    assert found["top1"] == pytest.approx(float((q.argmax(-1) != p.argmax(-1)).double().mean()))
+    assert costs(theirs, theirs) == pytest.approx({"tv": 0, "kl": 0, "margin": 0, "top1": 0}, abs=1e-6)
+
+
+def planted(layers=8, weak=(3, 5), scale=1e-3, seed=3):
+    return weaken(families.build("Llama", seed=seed, num_hidden_layers=layers).float(), weak, scale)
+
+
+def some_texts(model, count=6, new=20):
+    ids = families.prompts((8,) * count, seed=5)[0]
+    out = model.generate(ids, do_sample=True, top_k=0, max_new_tokens=new, attention_mask=torch.ones_like(ids))
+    return [Text(row, 8) for row in out]
+
+
+@pytest.mark.parametrize("objective", ["tv", "kl", "margin", "top1"])
+@pytest.mark.parametrize("cache", ["shared", "own"])
+def test_the_search_finds_layers_that_do_nothing(tmp_path, objective, cache):
+    model = planted()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    units = Units(model, "layer")
+    scorer = SlimScorer(model, some_texts(model), units, 16, cache)
+    settings = MaskSearch(
+        skip_ratio=0.25, objective=objective, slim_cache=cache, window=16, max_steps=30, stop_agreement=1.0
+    )
+    best = search_mask(scorer, settings, tmp_path)
+    assert units.skipped(best) == [3, 5]
+    report, even = scorer.report(best), scorer.report(tuple(units.even(0.25)))
+    assert report["agreement"] > 0.9 > even["agreement"] and report["tv"] < 0.02 < even["tv"]
+    assert report["tokens"] == 6 * 16
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("cache", ["shared", "own"])
+def test_scores_are_those_of_the_cache_mode(cache):
+    """Shared: blocks are read over the whole model's states of all that comes before."""
+    model = planted(6, (2,), 0.3).double()
+    units, texts = Units(model, "layer"), some_texts(model, 2)
+    keep = kept((2, 3))
+    scorer, slim = SlimScorer(model, texts, units, 20, cache), without(model, (2, 3))
+    for index, text in enumerate(texts):
+        ids, mine = text.ids[None], []
+        with torch.no_grad():
+            q = model(ids[:, :-1]).logits[0, 7:]
+            if cache == "own":
+                mine = slim(ids[:, :-1]).logits[0, 7:]
+            else:
+                parts = [slim_logits(model, slim, ids[:, : min(begin + 8, 27)], begin)[0] for begin in range(7, 27, 8)]
+                mine = torch.cat(parts)
+        assert scorer(tuple(keep), index) == pytest.approx(costs(q, mine), rel=1e-4, abs=1e-6)
+
+
+def test_an_interrupted_search_ends_where_the_whole_one_does(tmp_path):
+    model = planted(12, (3, 5, 8), 0.5)
+    units = Units(model, "layer")
+    scorer = SlimScorer(model, some_texts(model, 4, 16), units, 16, "own")
+    settings = MaskSearch(
+        skip_ratio=0.35, slim_cache="own", window=16, max_steps=45, theta=5, mini_batch=2, stop_agreement=1.0
+    )
+    whole = search_mask(scorer, settings, tmp_path / "whole")
+
+    def stop(figures):
+        if figures["step"] == 33:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search_mask(scorer, settings, tmp_path / "part", report=stop)
+    assert search_mask(scorer, settings, tmp_path / "part", resume=True) == whole
+    noted = [json.loads((tmp_path / name / "search.json").read_text()) for name in ("whole", "part")]
+    for state in noted:
+        state.pop("seconds")
+    assert noted[0]["costs"] == noted[1]["costs"] and noted[0] == noted[1]
+    with pytest.raises(ValueError, match="other settings"):
+        search_mask(scorer, MaskSearch(window=16, objective="kl"), tmp_path / "part", resume=True)
+    with pytest.raises(FileNotFoundError):
+        search_mask(scorer, settings, tmp_path / "nothing", resume=True)
+
+
+def test_a_search_over_few_masks_ends(tmp_path):
+    """Every mask of a small model is known after a while; the search must not go on proposing them."""
+    model = planted(5, (2,), 0.5)
+    units = Units(model, "layer")
+    scorer = SlimScorer(model, some_texts(model, 2, 16), units, 16, "own")
+    settings = MaskSearch(skip_ratio=0.2, slim_cache="own", window=16, stop_agreement=1.0, minutes=0.3)
+    steps = []
+    best = search_mask(scorer, settings, tmp_path, report=lambda figures: steps.append(figures["step"]))
+    assert units.skipped(best) == [2] and len(steps) == 3
+    assert json.loads((tmp_path / "search.json").read_text())["seconds"] < 10, "not by the clock"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"skip_ratio": 0.9}, {"objective": "tvd"}, {"slim_cache": "mine"}, {"beta": 0.3}, {"alpha": 1.0}, {"theta": 1},
+        {"window": 8}, {"max_steps": 0}, {"patience": 0}, {"minutes": 0.0}, {"skip_budget_by": "bytes"},
+    ],
+)  # fmt: skip
+def test_bad_search_settings_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        MaskSearch(**change)
+
+
+# training
+
+
+TRAINING = {"steps": 24, "batch_tokens": 256, "save_every": 8, "vocabulary_size": None, "learning_rate": 2e-2, "rank": 4}
+
+
+@pytest.fixture(scope="module")
+def learner():
+    """A model, texts of it and a mask that costs it something."""
+    torch.manual_seed(0)
+    model = weaken(families.build("Llama", num_hidden_layers=5).float(), (2, 3), 0.3)
+    return model, some_texts(model, 24, 24)
+
+
+@pytest.fixture(scope="module")
+def masked(learner, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mask")
+    units = Units(learner[0], "layer")
+    save_slim(folder, ViaSDConfig(), learner[0], units, kept((2, 3), 5), {"agreement": 0.5})
+    return folder
+
+
+@pytest.mark.parametrize("weights", [{}, {"kl_weight": 0.0, "tv_weight": 1.0}, {"tv_weight": 0.0, "margin_weight": 0.5}])
+def test_a_lora_learns_the_models_law_and_leaves_it_alone(learner, masked, tmp_path, weights):
+    model, texts = learner
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = []
+    found = train_slim(
+        model, texts, masked, tmp_path, SlimTraining(**TRAINING, **weights),
+        report=lambda figures: losses.append(figures["loss"]) if "loss" in figures else None,
+    )  # fmt: skip
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert found["tv"] < found["before"]["tv"] and found["kl"] < found["before"]["kl"]
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {file.name for file in (tmp_path / "via_sd_slim").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    record = json.loads((tmp_path / "specdec_config.json").read_text())["adapter"]
+    assert record["lora"]["trained_cache_mode"] == "own" and record["keep_mask"] == kept((2, 3), 5)
+    assert record["lora"]["mask_hash"] == mask_hash(kept((2, 3), 5), "layer")
+    assert record["calibration"]["agreement"] == pytest.approx(found["agreement"])
+    names = load_file(tmp_path / "via_sd_slim" / "adapter_model.safetensors")
+    assert {name.split(".layers.")[1].split(".")[0] for name in names} == {"0", "1", "4"}
+    assert not any("embed" in name or "lm_head" in name or "norm" in name for name in names)
+    # what was saved is what was measured
+    slim = load_slim(model, str(tmp_path))
+    scorer = SlimScorer(model, texts[::24], Units(model, "layer"), 512, "own")
+    assert scorer.report(tuple(slim.keep), slim.terms)["tv"] == pytest.approx(found["tv"], abs=0.01)
+    ids = texts[0].ids[None, :8]
+    config = ViaSDConfig(adapter=str(tmp_path), stage_stop_conf=0.0)
+    assert torch.equal(generate((model, model), ids, config, max_new_tokens=20), stock(model, ids, torch.ones_like(ids), max_new_tokens=20))
+    refused((model, model), ids, config.override(slim_cache="shared"), "shared")
+
+
+def test_resumed_training_ends_where_the_whole_one_does(learner, masked, tmp_path):
+    model, texts = learner
+    settings = SlimTraining(**TRAINING)
+    whole = train_slim(model, texts, masked, tmp_path / "whole", settings)
+
+    def stop(figures):
+        if figures.get("step") == 13 and "loss" in figures:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_slim(model, texts, masked, tmp_path / "part", settings, report=stop)
+    part = train_slim(model, texts, masked, tmp_path / "part", settings, resume=True)
+    assert part["tv"] == pytest.approx(whole["tv"], abs=2e-3)
+    one, other = (load_file(tmp_path / name / "via_sd_slim" / "adapter_model.safetensors") for name in ("whole", "part"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=2e-2, rtol=5e-2)
+    with pytest.raises(ValueError, match="other settings"):
+        train_slim(model, texts, masked, tmp_path / "part", SlimTraining(**{**TRAINING, "rank": 8}), resume=True)
+
+
+def test_training_takes_the_mask_of_its_own_model_only(learner, masked, tmp_path):
+    model, texts = learner
+    other = families.build("Llama", seed=78, num_hidden_layers=5).float()
+    with pytest.raises(ValueError, match="another"):
+        train_slim(other, texts, masked, tmp_path, SlimTraining(**TRAINING))
+    for change in ({"rank": 0}, {"kl_weight": -1.0}, {"kl_weight": 0.0, "tv_weight": 0.0}, {"steps": 0}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            SlimTraining(**{**TRAINING, **change})

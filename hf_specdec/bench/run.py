@@ -106,10 +106,10 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     """Return the arm called `name`.
 
     Args:
-        name (`str`): a stock arm (`default`, `static`, `stock_prompt_lookup`, `stock_assisted`, `stock_early_exit@layer=3`)
-            or anything that `assistant_strategy` takes. `name@key=value,key=value` changes fields of the strategy's
-            config, and of the assistant's generation config for `stock_assisted` (its lossy mode is
-            `stock_assisted@assistant_ensemble_weight=0.7`); `[3;6]` is a list of numbers.
+        name (`str`): a stock arm (`default`, `static`, `stock_prompt_lookup`, `stock_assisted`,
+            `stock_early_exit@layer=3`) or anything that `assistant_strategy` takes. `name@key=value,key=value` changes
+            fields of the strategy's config, and of the assistant's generation config for `stock_assisted` (whose lossy
+            mode is `stock_assisted@assistant_ensemble_weight=0.7`); `[3;6]` is a list of numbers.
         assistant (`PreTrainedModel`, *optional*): for the arms that need one.
 
     Raises:
