@@ -206,7 +206,7 @@ def family(name: str) -> Family:
     prefix, changes = FAMILIES[name]
     model = build(prefix, seed=SEEDS.get(name, 0), **changes)
     if name in SINGLE:
-        model.float()
+        model.float().set_attn_implementation("eager")  # SDPA, 5.17's default here, leaves the soft-cap out
     ids, mask = prompts()
     text = model.generate(ids, attention_mask=mask, max_new_tokens=40, do_sample=False)[:, ids.shape[1] :]
     return Family(name, model, perturbed(model), ids, mask, choose_eos(text))
