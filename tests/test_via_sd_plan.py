@@ -22,7 +22,7 @@ from hf_specdec.bench.plan_via_sd import (
 from hf_specdec.cli import main
 from hf_specdec.generation.slim import Slim, Units
 from hf_specdec.training.data import Text, save_texts
-from hf_specdec.training.routing import SlimScorer
+from hf_specdec.training.scoring import SlimScorer
 
 
 KEEP = [True, True, False, True]
@@ -158,7 +158,7 @@ def test_the_commands_search_train_and_plan(monkeypatch, tmp_path, capsys):
     other = ("--steps", 30, "--skip-ratio", 0.5, "--slim-cache", "own", "--resume")
     command(monkeypatch, *searching, *other, fails=True)  # not the settings of the search in the folder
     command(monkeypatch, *searching[:-4], "--texts", 400, fails=True)
-    assert "`--texts` is 400" in capsys.readouterr().err.replace("\n", " ")
+    assert "`--texts` takes 800 texts" in capsys.readouterr().err.replace("\n", " ")
     training = ("train", "via_sd", *data, *base, "--mask", tmp_path / "mask", "--out", tmp_path / "slim")
     command(monkeypatch, *training, "--steps", 2, "--rank", 2, "--vocabulary", 0)
     planning = ("calibrate", "via_sd_plan", *data, *base, "--assistant", tmp_path / "model", "--texts", 4)

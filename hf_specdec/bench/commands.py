@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -21,6 +22,9 @@ from ..console import (
     read_prompts,
 )
 
+
+if TYPE_CHECKING:
+    from ..training.data import Text
 
 app = typer.Typer(help="Find settings that pay on this device.", no_args_is_help=True, add_completion=False)
 
@@ -163,17 +167,15 @@ def calibrate_via_sd_command(
     from ..generation.slim import Units, save_slim
     from ..generation.via_sd import ViaSDConfig
     from ..training.commands import model_and_texts
-    from ..training.routing import MaskSearch, SlimScorer, search_mask
+    from ..training.routing import MaskSearch, search_mask
+    from ..training.scoring import SlimScorer
 
     settings = MaskSearch(
         skip_ratio=skip_ratio, skip_budget_by=skip_budget_by, granularity=granularity, objective=objective,
         slim_cache=slim_cache, max_steps=steps, patience=patience, minutes=minutes or None, window=window, seed=seed,
     )  # fmt: skip
     loaded, found, notes = model_and_texts(data, exclude, model, dtype, device)
-    found = [text for text in found if len(text.ids) - text.prompt_length >= window]
-    if len(found) < 2 * texts:
-        raise ValueError(f"`--texts` is {texts}, but only {len(found)} texts have answers of {window} tokens.")
-    chosen = [found[i * len(found) // (2 * texts)] for i in range(2 * texts)]
+    chosen = _spread(found, 2 * texts, window)
     units = Units(loaded, granularity)
     searched, held_out = (SlimScorer(loaded, part, units, window, slim_cache) for part in (chosen[::2], chosen[1::2]))
     with progress_bar() as progress:
@@ -197,6 +199,14 @@ def calibrate_via_sd_command(
     console.print(_figures("searched mask", figures))
     console.print(_figures("evenly spaced", calibration["even_mask"]))
     console.print(f"saved to {save}")
+
+
+def _spread(texts: Sequence[Text], count: int, window: int) -> list[Text]:
+    """Return `count` texts, spread over those whose answers have at least `window` tokens."""
+    found = [text for text in texts if len(text.ids) - text.prompt_length >= window]
+    if len(found) < count:
+        raise ValueError(f"`--texts` takes {count} texts, but only {len(found)} have answers of {window} tokens.")
+    return [found[i * len(found) // count] for i in range(count)]
 
 
 def _figures(name: str, figures: dict[str, float]) -> str:
@@ -230,18 +240,16 @@ def plan_via_sd_command(
     from ..generation.slim import Units, load_slim
     from ..generation.via_sd import ViaSDConfig
     from ..training.commands import model_and_texts
-    from ..training.routing import SlimScorer
+    from ..training.scoring import SlimScorer
     from .plan_via_sd import ViaSDPlanner, costs_by_bytes, measure_costs, measure_rates, read_parameters
 
     if (layers > 0) != (head > 0) or (layers > 0) != (draft > 0):
         raise ValueError(f"`--layers`, `--head` and `--draft` go together, got {layers:g}, {head:g}, {draft:g}.")
     loaded, found, _ = model_and_texts(data, exclude, model, dtype, device)
-    found = [text for text in found if len(text.ids) - text.prompt_length >= window]
-    if len(found) < texts:
-        raise ValueError(f"`--texts` is {texts}, but only {len(found)} texts have answers of {window} tokens.")
+    found = _spread(found, texts, window)
     second, slim = load_assistant(loaded, assistant, dtype, device), load_slim(loaded, adapter)
     units, mode = Units(loaded, slim.granularity), slim.cache_mode or "shared"
-    scorer = SlimScorer(loaded, [found[i * len(found) // texts] for i in range(texts)], units, window, mode)
+    scorer = SlimScorer(loaded, found, units, window, mode)
     config = ViaSDConfig()
     rates = measure_rates(scorer, second, slim, config.thresholds, config.regen_min_conf, sampling=sampling)
     costs = measure_costs(loaded, second, slim, found[0].ids[None].to(loaded.device))

@@ -30,7 +30,7 @@ from ..generation.runner import ModelRunner
 from ..generation.slim import Slim, Units, slim_model
 from ..generation.vocabulary import pad_vocabulary
 from ..kernels.dispatch import register, speculative_attention
-from ..training.routing import SlimScorer, margin_cost
+from ..training.scoring import SlimScorer, margin_cost
 
 
 GAMMAS = range(1, 17)

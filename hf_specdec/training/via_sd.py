@@ -24,7 +24,7 @@ from ..generation.via_sd import ViaSDConfig
 from ..generation.vocabulary import InsideHead, ReducedHead
 from .data import Text
 from .distill import Distillation, DistillSettings, Report, divergence
-from .routing import SlimScorer, margin_cost
+from .scoring import SlimScorer, margin_cost
 
 
 @dataclass(frozen=True, kw_only=True)
