@@ -57,6 +57,12 @@ def test_stock_modes_of_one_row_are_left_out_for_more(model, ids):
     assert [m.name for m in measure(model, ids[:1], arms, 4, 1)] == ["default", "stock_prompt_lookup"]
 
 
+def test_stock_speculative_arms_write_the_text_of_plain_decoding(model, ids):
+    """Given a cache, stock writes another one: these arms run the prompt themselves."""
+    arms = [make_arm("default", None), make_arm("stock_prompt_lookup", None), make_arm("stock_assisted", model)]
+    assert [m.same_tokens for m in measure(model, ids[:1], arms, 12, 1)] == [1.0, 1.0, 1.0]
+
+
 def test_arms_that_need_a_second_model_say_so():
     for name in ("assisted", "stock_assisted"):
         with pytest.raises(ValueError, match="--assistant"):

@@ -24,6 +24,7 @@ from ..hub import resolve_strategy
 STOCK = ("default", "static")
 """Stock plain decoding, always measured: with the default cache, and the static one (compiled on CUDA)."""
 
+# limited to one row; and given a cache, stock 5.23 writes another text, so they run the prompt themselves
 _STOCK_SPECULATIVE = ("stock_prompt_lookup", "stock_assisted", "stock_early_exit")
 _PREFILL_CHUNK = 1024
 
@@ -118,13 +119,12 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     if name in STOCK:
         return Arm(name, static=name == "static")
     if name == "stock_prompt_lookup":
-        return Arm(name, {"prompt_lookup_num_tokens": 10})
+        return Arm(name, {"prompt_lookup_num_tokens": 10}, fresh=True)
     strategy, _, changes = name.partition("@")
     settings = {key: _value(text) for key, _, text in (part.partition("=") for part in changes.split(",") if part)}
     if strategy == "stock_early_exit":
         if set(settings) != {"layer"}:
             raise ValueError(f"The arm {name!r} needs its exit: `stock_early_exit@layer=3`.")
-        # given a cache, stock 5.23 writes another text here
         return Arm(name, {"assistant_early_exit": settings["layer"]}, fresh=True)
     config = None if strategy == "stock_assisted" else resolve_strategy(strategy, settings)
     needs = config is None or (strategy_class(config.strategy).needs_assistant and not config.brings_drafter)
@@ -133,7 +133,7 @@ def make_arm(name: str, assistant: PreTrainedModel | None) -> Arm:
     if config is None:
         # stock reads this one from the call, the others from the assistant
         weight = {key: settings.pop(key) for key in ("assistant_ensemble_weight",) if key in settings}
-        return Arm(name, {"assistant_model": _stock_assistant(assistant, settings), **weight})
+        return Arm(name, {"assistant_model": _stock_assistant(assistant, settings), **weight}, fresh=True)
     options = {"assistant_strategy": config, **({"assistant_model": assistant} if needs else {})}
     return Arm(name, options, fresh=strategy_class(config.strategy).reads_prompt)
 
