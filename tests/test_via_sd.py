@@ -1897,3 +1897,30 @@ def test_training_takes_the_mask_of_its_own_model_only(learner, masked, tmp_path
     for change in ({"rank": 0}, {"kl_weight": -1.0}, {"kl_weight": 0.0, "tv_weight": 0.0}, {"steps": 0}):
         with pytest.raises(ValueError, match=next(iter(change))):
             SlimTraining(**{**TRAINING, **change})
+
+
+def test_what_belongs_to_a_saved_mask_is_not_overridden_in_silence(tmp_path):
+    """Its units, and the cache mode that its figures were measured in."""
+    model = families.build("Llama", num_hidden_layers=4)
+    units = Units(model, "layer")
+    save_slim(
+        tmp_path, ViaSDConfig(), model, units, [True, False, True, True], {"agreement": 0.5, "slim_cache": "own"}
+    )
+    options = {"max_new_tokens": 8, "do_sample": False, "assistant_model": model, "return_dict_in_generate": True}
+    ids = families.prompts()[0][:1]
+    config = ViaSDConfig(adapter=str(tmp_path))
+    for chosen, mode in ((config, "own"), (config.override(slim_cache="shared"), "shared")):
+        out = model.generate(ids, assistant_strategy=chosen, **options)
+        assert out.speculation.method["slim_cache"] == mode
+    with pytest.raises(ValueError, match="granularity='sublayer'.*which is 'layer'"):
+        model.generate(ids, assistant_strategy=config.override(granularity="sublayer"), **options)
+
+
+def test_draft_stop_needs_an_assistant():
+    model = families.build("Llama", num_hidden_layers=4)
+    with pytest.raises(ValueError, match="draft_stop=0.5.*drafter='slim'"):
+        ViaSDConfig(drafter="slim", draft_stop=0.5)
+    with pytest.raises(ValueError, match="draft_stop=0.5.*'prompt_lookup'"):
+        model.generate(
+            families.prompts()[0][:1], assistant_strategy=ViaSDConfig(drafter="prompt_lookup", draft_stop=0.5)
+        )

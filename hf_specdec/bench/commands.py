@@ -25,6 +25,8 @@ from ..console import (
 
 if TYPE_CHECKING:
     from ..training.data import Text
+    from ..training.routing import MaskSearch
+    from ..training.scoring import SlimScorer
 
 app = typer.Typer(help="Find settings that pay on this device.", no_args_is_help=True, add_completion=False)
 
@@ -139,7 +141,7 @@ def calibrate_specbound_command(
 @app.command("via_sd")
 def calibrate_via_sd_command(
     data: Annotated[list[Path], typer.Option("--data", help="Text that the model wrote (`train text`).")],
-    save: Annotated[Path, typer.Option(help="Folder for the mask; an unfinished search is resumed from it.")],
+    save: Annotated[Path, typer.Option(help="Folder for the mask, and for what --resume goes on from.")],
     exclude: Annotated[
         list[Path] | None, typer.Option(help="JSONL of test prompts; text with one of them is dropped.")
     ] = None,
@@ -167,7 +169,7 @@ def calibrate_via_sd_command(
     from ..generation.slim import Units, save_slim
     from ..generation.via_sd import ViaSDConfig
     from ..training.commands import model_and_texts
-    from ..training.routing import MaskSearch, search_mask
+    from ..training.routing import MaskSearch
     from ..training.scoring import SlimScorer
 
     settings = MaskSearch(
@@ -178,14 +180,7 @@ def calibrate_via_sd_command(
     chosen = _spread(found, 2 * texts, window)
     units = Units(loaded, granularity)
     searched, held_out = (SlimScorer(loaded, part, units, window, slim_cache) for part in (chosen[::2], chosen[1::2]))
-    with progress_bar() as progress:
-        task = progress.add_task("searching", total=steps)
-
-        def report(state: dict[str, Any]) -> None:
-            text = f"searching: best {objective} {state['best']:.4f}, agreement {state['agreement']:.3f}"
-            progress.update(task, completed=state["step"], description=text)
-
-        keep = search_mask(searched, settings, save, resume=resume, report=report)
+    keep = _searched(searched, settings, save, resume)
     figures = held_out.report(keep)
     calibration = {
         "objective": objective, **figures, "skipped_share": units.share(keep), "slim_cache": slim_cache,
@@ -199,6 +194,20 @@ def calibrate_via_sd_command(
     console.print(_figures("searched mask", figures))
     console.print(_figures("evenly spaced", calibration["even_mask"]))
     console.print(f"saved to {save}")
+
+
+def _searched(scorer: SlimScorer, settings: MaskSearch, folder: Path, resume: bool) -> tuple[bool, ...]:
+    """Return the mask of a search, and show its progress."""
+    from ..training.routing import search_mask
+
+    with progress_bar() as progress:
+        task = progress.add_task("searching", total=settings.max_steps)
+
+        def report(state: dict[str, Any]) -> None:
+            text = f"searching: best {settings.objective} {state['best']:.4f}, agreement {state['agreement']:.3f}"
+            progress.update(task, completed=state["step"], description=text)
+
+        return search_mask(scorer, settings, folder, resume=resume, report=report)
 
 
 def _spread(texts: Sequence[Text], count: int, window: int) -> list[Text]:

@@ -195,7 +195,7 @@ def chosen_drafter(
     """Return the drafter that a config's field `drafter` names, the assistant's by default.
 
     Raises:
-        ValueError: for a strategy that doesn't draft apart from verifying.
+        ValueError: for a strategy that doesn't draft apart from verifying, or can't stop early where it should.
     """
     if chosen is None:
         return AssistantDrafter(cast(PreTrainedModel, assistant), num_assistant_tokens, stop)
@@ -203,6 +203,8 @@ def chosen_drafter(
     drafter = strategy_class(chosen.strategy)(chosen, assistant).drafter
     if drafter is None:
         raise ValueError(f"`drafter` must be a strategy that drafts, got {chosen.strategy!r}.")
-    if stop and isinstance(drafter, AssistantDrafter):
+    if stop:
+        if not isinstance(drafter, AssistantDrafter):
+            raise ValueError(f"`draft_stop={stop}` stops an assistant; {chosen.strategy!r} drafts without one.")
         drafter.stop = stop
     return drafter

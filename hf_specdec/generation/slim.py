@@ -28,6 +28,7 @@ from .layerwise import Proxy, exchanged
 
 GRANULARITIES = ("layer", "sublayer")
 BUDGETS = ("params", "count")
+CACHES = ("shared", "own")
 
 
 class Units:
@@ -94,20 +95,23 @@ class Units:
     def _step(self) -> int:
         return 2 if self.halves else 1
 
+    def _weights(self, by: str) -> list[int]:
+        return self.sizes if by == "params" else [1] * len(self)
+
     def share(self, keep: Sequence[bool], by: str = "params") -> float:
         """Return which share of the layers' parameters (or, by `"count"`, of the units) a mask leaves out."""
-        sizes = self.sizes if by == "params" else [1] * len(self)
+        sizes = self._weights(by)
         return sum(sizes[unit] for unit in self.skipped(keep)) / sum(sizes)
 
     def fits(self, keep: Sequence[bool], ratio: float, by: str) -> bool:
         """Whether a mask leaves out `ratio`, to within half of the largest unit that may be left out."""
-        sizes = self.sizes if by == "params" else [1] * len(self)
+        sizes = self._weights(by)
         slack = max((sizes[unit] for unit in self.free), default=0) / sum(sizes)
         return abs(self.share(keep, by) - ratio) <= slack / 2 + 1e-9
 
     def filled(self, order: Iterable[int], ratio: float, by: str) -> list[bool]:
         """Return the mask that leaves out units in the given order, up to a share of `ratio`."""
-        sizes = self.sizes if by == "params" else [1] * len(self)
+        sizes = self._weights(by)
         keep, spent, room = [True] * len(self), 0, ratio * sum(sizes)
         for unit in order:
             if abs(spent + sizes[unit] - room) < abs(spent - room):  # nearer to the budget than without it

@@ -54,6 +54,11 @@ class SlimVerifier:
                     f"`keep_mask` is not the mask of `adapter={config.adapter!r}`, to which its calibration and its "
                     "LoRA belong; leave it out."
                 )
+            if config.granularity not in ("layer", known.granularity):
+                raise ValueError(
+                    f"`granularity={config.granularity!r}` is not that of the mask in `adapter={config.adapter!r}`, "
+                    f"which is {known.granularity!r}."
+                )
         granularity = config.granularity if known is None else known.granularity
         self.units = Units(model, granularity)
         if known is None:
@@ -65,7 +70,8 @@ class SlimVerifier:
                     "from the best choice: search one with `hf-specdec calibrate via_sd`."
                 )
         self.units.check(known.keep)
-        wanted = config.slim_cache or known.cache_mode or "shared"
+        # what is known of the mask was measured in one cache mode, which is the one to decode in
+        wanted = config.slim_cache or known.cache_mode or known.calibration.get("slim_cache", "shared")
         if known.cache_mode is not None and wanted != known.cache_mode:
             raise ValueError(
                 f"`slim_cache={wanted!r}` does not fit `adapter={config.adapter!r}`, which was trained for "

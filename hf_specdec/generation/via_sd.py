@@ -25,7 +25,7 @@ from ..configuration import SpeculationConfig
 from .drafting import NoDrafter, chosen_drafter
 from .registry import preset
 from .runner import Forward
-from .slim import BUDGETS, GRANULARITIES
+from .slim import BUDGETS, CACHES, GRANULARITIES
 from .slim_drafter import LONGEST_DRAFT, SlimDrafter
 from .state import DecodingState
 from .strategy import Drafter, SpeculationStrategy, StepResult
@@ -38,7 +38,6 @@ MODES = ("lossless", "lossy")
 RULES = ("exact", "gate", "prefilter")
 CONVENTIONS = ("sorted", "direct", "literal")
 SCOPES = ("block", "token")
-CACHES = ("shared", "own")
 ACTIONS = ("report", "tighten")
 SCHEDULES = ("constant", "heuristic")
 _TAU_ACCEPT, _TAU_ESCALATE = 0.7, 0.5
@@ -168,6 +167,8 @@ class ViaSDConfig(SpeculationConfig):
                 "`coupled=True` has no tier C: it takes mode='lossy', tau_escalate=0, regen_min_conf=0 and "
                 "eos_guard=False."
             )
+        if self.draft_stop and self.drafter == "slim":
+            raise ValueError(f"`draft_stop={self.draft_stop}` stops an assistant; `drafter='slim'` has none.")
         if self.mode == "lossy" and self.drafter == "slim":
             raise ValueError("`drafter='slim'` gives the slim verifier nothing to judge; it takes mode='lossless'.")
 
@@ -229,6 +230,7 @@ class ViaSDStrategy(SpeculationStrategy):
     needs_assistant = True
     presets = {
         "": {},
+        "lossless": {"mode": "lossless"},
         "gate": {"lossless_rule": "gate"},
         "prefilter": {"lossless_rule": "prefilter"},
         "slim": {"drafter": "slim"},

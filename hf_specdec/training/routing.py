@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from ..generation.slim import BUDGETS
+from ..generation.slim import BUDGETS, CACHES
 from .scoring import OBJECTIVES, Mask, SlimScorer
 
 
-CACHE_MODES = ("shared", "own")
 _POOL, _NEIGHBOURS, _RANDOM_SEEDS = 256, 8, 20
 _FAR = 100_003  # between the numbers of a step's random proposals
 
@@ -71,7 +70,7 @@ class MaskSearch:
     def __post_init__(self) -> None:
         if not 0.1 <= self.skip_ratio <= 0.7:
             raise ValueError(f"`skip_ratio` must be in [0.1, 0.7], got {self.skip_ratio}.")
-        choices = (("skip_budget_by", BUDGETS), ("objective", OBJECTIVES), ("slim_cache", CACHE_MODES))
+        choices = (("skip_budget_by", BUDGETS), ("objective", OBJECTIVES), ("slim_cache", CACHES))
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
