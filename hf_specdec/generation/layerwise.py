@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..kernels.dispatch import MaskSpec
 from ..kernels.step import Step
 from .draft_model import decoder_layers, unhook
 from .runner import ModelRunner
@@ -47,6 +48,22 @@ class Recording(NamedTuple):
 def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
     """Return `layer`'s output `[n, m, H]` for `hidden` `[n, m, H]`."""
     return _states(layer(hidden, *call.args, **call.kwargs))
+
+
+def placed(call: LayerCall, cache: Cache, step: Step, mask: Any = None) -> LayerCall:
+    """Return a layer's arguments on another cache, at another step and, if given, with another mask."""
+
+    def exchange(value: Any) -> Any:
+        if isinstance(value, Cache):
+            return cache
+        if isinstance(value, Step):
+            return step
+        if mask is not None and isinstance(value, MaskSpec):
+            return mask
+        return value
+
+    args = tuple(exchange(value) for value in call.args)
+    return LayerCall(args, {key: exchange(value) for key, value in call.kwargs.items()})
 
 
 def _states(output: Any) -> torch.Tensor:

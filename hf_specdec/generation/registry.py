@@ -19,6 +19,7 @@ STRATEGIES = {
     "diversed": "diversed:DiversedStrategy",
     "specbound": "specbound:SpecBoundStrategy",
     "via_sd": "via_sd:ViaSDStrategy",
+    "spd": "spd:SPDStrategy",
 }
 """Strategy name to `module:class` inside `hf_specdec.generation`."""
 

@@ -1,0 +1,58 @@
+"""`StageCache`: the part of a cache that belongs to one pipeline stage.
+
+SPD keeps tokens of one text at different depths, so the stages of a model hold different numbers of tokens: a
+staircase. Storage and layer indices are the whole cache's; the step in progress and the length are the stage's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from ..kernels.step import Step
+from .speculative import SpeculativeCache
+
+
+class StageCache(SpeculativeCache):
+    """The layers `[begin, end)` of a cache of one row, for forwards that run no other layer.
+
+    Args:
+        whole (`SpeculativeCache`): whose storage it shares.
+        begin (`int`): first layer of the stage.
+        end (`int`): layer after its last.
+    """
+
+    def __init__(self, whole: SpeculativeCache, begin: int, end: int) -> None:
+        Cache.__init__(self, layers=whole.layers)
+        self.rows, self.step, self.exact_slices = whole.rows, None, False
+        self.own = whole.layers[begin:end]
+
+    def begin(self, step: Step) -> Step:
+        """Prepare for the forward that `step` describes, growing the stage's storage where needed."""
+        for layer in self.own:
+            layer.reserve(step.high)
+        self.step = step
+        return step
+
+    @property
+    def length(self) -> int:
+        """Tokens that the stage holds."""
+        return self.get_seq_length()
+
+    def rewind(self, length: int) -> None:
+        """Make every layer of the stage hold `length` tokens: an absolute length, not a count to remove."""
+        for layer in self.own:
+            layer.lengths = layer.lengths.new_full((1,), length)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens that the stage holds, whatever layer stock code names: it means the model's first."""
+        return self.own[0].get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return (keys, offset of the first key) of a mask for the stage."""
+        return self.own[0].get_mask_sizes(query_length)
+
+    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
+        """Return the position of the next token that the stage gets."""
+        return self.length

@@ -1,0 +1,264 @@
+"""SPD: the model as a pipeline of stages, with several tokens of one text in flight at different depths.
+
+Idea      in one tick every stage runs one token, each a different token of the same text, and a small draft module
+guesses the next token meanwhile. When the oldest token leaves the last stage, its logits verify the one behind it.
+Drafts    a trained module that reads the model's own hidden states as they were at the start of the tick: complete
+for finished tokens, as deep as they have come for those in flight. It never looks further than one token ahead.
+Verifies  losslessly, one token per tick. After a wrong guess all tokens in flight are dropped and the pipeline fills
+up again, which takes n ticks until the next token.
+Trained   the draft module (`hf-specdec train spd`); the model stays as it is.
+Paper     https://arxiv.org/abs/2605.30852
+New here  ordinary pipeline parallelism needs n texts to keep n stages busy; this uses them for one.
+
+A tick costs 1/n of a plain step only where stages run at the same time: on several ranks (`schedule="dist"`) or, for
+as long as Python lets them, in threads. In one process it is a way of measuring acceptance, and slower than plain.
+
+Names are the paper's: n stages, a token's depth is the number of stages that it has passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..cache.speculative import SpeculativeCache
+from ..configuration import SpeculationConfig
+from ..kernels.dispatch import speculative_attention
+from . import acceptance
+from .depth_map import DepthMap
+from .draft_model import decoder_layers
+from .draft_module import DraftReader, Features, PipelineDraftModule, load_draft_module
+from .layerwise import Layerwise
+from .pipeline import InThreads, Job, Pipeline, in_series
+from .runner import Forward
+from .state import DecodingState
+from .strategy import SpeculationStrategy, StepResult
+
+
+logger = logging.get_logger(__name__)
+
+SCHEDULES = ("auto", "serial", "threads", "dist")
+
+
+@dataclass(frozen=True)
+class SPDConfig(SpeculationConfig):
+    """Settings of SPD.
+
+    Args:
+        num_assistant_tokens (`int`, *optional*, defaults to 1): always 1: one token is drafted per tick.
+        adapter (`str`): folder or Hub repository of a trained draft module.
+        num_stages (`int`, *optional*): n; must be the adapter's, which is the default.
+        stage_layers (`list[int]`, *optional*): layers of each stage; must be the adapter's, which are the default.
+        schedule (`str`, *optional*, defaults to `"auto"`): `"serial"`, all in one thread; `"threads"`, a thread per
+            stage; `"dist"`, the stages on the ranks of `torch.distributed`; `"auto"`: `"dist"` where it has more than
+            one rank, else `"serial"`.
+        timeout (`float`, *optional*, defaults to 60.0): seconds that a rank waits for another one.
+    """
+
+    strategy = "spd"
+
+    num_assistant_tokens: int = 1
+    adapter: str | None = None
+    num_stages: int | None = None
+    stage_layers: list[int] | tuple[int, ...] | None = None
+    schedule: str = "auto"
+    timeout: float = 60.0
+
+    def validate(self) -> None:
+        """Raise `ValueError` for a value that is out of range."""
+        if self.num_assistant_tokens != 1:
+            raise ValueError(
+                f"`num_assistant_tokens` must be 1 for the strategy 'spd', got {self.num_assistant_tokens}: it drafts "
+                "one token per tick, and keeps as many in flight as there are stages (`num_stages`)."
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"`timeout` must be above 0 and finite, got {self.timeout}.")
+
+    def check_depths(self, depths: DepthMap) -> None:
+        """Raise `ValueError` unless the stages asked for are those that the adapter was trained with."""
+        for name, asked, trained in (
+            ("num_stages", self.num_stages, depths.stages),
+            ("stage_layers", None if self.stage_layers is None else list(self.stage_layers), depths.stage_layers),
+        ):
+            if asked is not None and asked != trained:
+                raise ValueError(
+                    f"`{name}` is {asked}, but the adapter {self.adapter!r} was trained with {trained}: which hidden "
+                    "states a token has at which depth is part of what it learned."
+                )
+
+
+@dataclass
+class _Flying:
+    """A token in flight.
+
+    Args:
+        position (`int`): in the text.
+        token (`torch.Tensor` of shape `[1, 1]`, int64): its id.
+        law (`torch.Tensor` of shape `[1, V]`, float32, *optional*): that it was drawn from.
+        features (`Features`): what the draft module may read of it.
+        depth (`int`): stages that it has passed.
+    """
+
+    position: int
+    token: torch.Tensor
+    law: torch.Tensor | None
+    features: Features
+    depth: int = 0
+
+
+class SPDStrategy(SpeculationStrategy):
+    """Keep a token in every stage; verify the oldest one's successor in every tick."""
+
+    config_class = SPDConfig
+    paper = "https://arxiv.org/abs/2605.30852"
+    needs_adapter = True
+    batched = False
+    reads_prompt = True
+    presets = {"": {}, "threads": {"schedule": "threads"}}
+    config: SPDConfig
+
+    depths: DepthMap
+    module: PipelineDraftModule
+    pipeline: Pipeline
+    reader: DraftReader
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Load the draft module, and check the stages against the model's layers and the adapter's."""
+        config, layers = self.config, len(decoder_layers(model))
+        if config.num_stages is not None or config.stage_layers is not None:
+            DepthMap(layers, config.num_stages or len(config.stage_layers or ()), config.stage_layers)
+        if config.adapter is None:
+            raise ValueError(
+                "The strategy 'spd' drafts with a trained module: set `adapter` to its folder or Hub repository "
+                '(`assistant_strategy="path/or/repo"`), or train one with `hf-specdec train spd`.'
+            )
+        self.module = load_draft_module(model, config.adapter)
+        self.depths = self.module.depths
+        config.check_depths(self.depths)
+        self.flying: list[_Flying] = []
+        self.finished: list[Features] = []
+        self.ticks = self.rejections = self.emitted = 0
+
+    def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
+        """Return storage as large as plain decoding's, so that attention reduces over the same slots."""
+        return SpeculativeCache(state.windows, rows, state.max_length + SpeculationConfig.num_assistant_tokens + 1)
+
+    def prefill(self, state: DecodingState) -> Forward:
+        """Run the prompt as usual, and let the draft module read its features."""
+        schedule = self.config.schedule
+        if schedule == "threads":
+            threads = InThreads(self.depths.stages, state.target.device)
+            state.contexts.callback(threads.close)
+            self.pipeline = Pipeline(self.depths, threads)
+        else:
+            logger.warning_once(
+                "The strategy 'spd' with schedule 'serial' runs the stages one after the other, so it measures "
+                "acceptance and gains no time; see `schedule`."
+            )
+            self.pipeline = Pipeline(self.depths, in_series)
+        output, features = self.pipeline.prefill(state)
+        self.parts = Layerwise(state.model)
+        self.tail = self.parts.tail()
+        state.contexts.enter_context(speculative_attention(self.module))
+        self.reader = self.module.reader(state.model, state.max_length)
+        self.reader.start(features, state.prompt.cached[state.active[0]])
+        self.flying, self.finished = [], []
+        return output
+
+    def step(self, state: DecodingState) -> StepResult:
+        """Make one tick: 0 or 1 tokens."""
+        if not self.flying:
+            self._enter(state.pending, state.committed[0] - 1, None)
+        drafting = self._drafting(state)
+        with state.timed("verify"):
+            tick = self.pipeline.tick(drafting)
+        self.ticks += 1
+        state.stats.target_forwards += 1  # no layer ran more than once
+        state.stats.draft_forwards += tick.guess is not None
+        if tick.guess is not None:
+            self.finished = []  # they are in the module's cache now
+        for entry in self.flying:
+            entry.features.update(tick.features[entry.depth])
+            entry.depth += 1
+        result = self._verify(state, tick.final)
+        if tick.guess is not None and self.flying:
+            self._draft(state, tick.guess)
+        self._report(state)
+        return result
+
+    def _drafting(self, state: DecodingState) -> Job | None:
+        """Return the job of guessing the next token, from what is known now; `None` if it could not be verified."""
+        newest = self.flying[-1].position
+        if self.depths.stages == 1 or newest + 2 >= state.committed[0] + state.remaining[0]:
+            return None
+        finished = list(self.finished)
+        flying = [(entry.depth, dict(entry.features)) for entry in self.flying]
+        return lambda: self.reader.draft(finished, flying)
+
+    def _verify(self, state: DecodingState, final: torch.Tensor | None) -> StepResult:
+        """Judge the token behind the one that has left the last stage, if any has."""
+        if final is None:
+            nothing = state.pending[:, :0]
+            width = self.module.width
+            none = torch.zeros(1, 0, width, device=state.device)
+            return StepResult(nothing, [0], [0], [0], none, none)
+        oldest = self.flying.pop(0)
+        self.finished.append(oldest.features)
+        logits = self.tail(self.parts.norm(final))
+        scores = state.process(logits, state.pending[:, :0])
+        if not self.flying:
+            token, judged, accepted = state.choose(scores[:, -1])[0][:, None], 0, 0
+        else:
+            token, accepted = self._judge(state, scores, self.flying[0])
+            judged = 1
+            if not accepted:
+                self.rejections += 1
+                self.flying = []
+                self.pipeline.rewind(oldest.position + 1)
+        self.emitted += 1
+        return StepResult(token, [1], [judged], [accepted], logits, scores)
+
+    @staticmethod
+    def _judge(state: DecodingState, scores: torch.Tensor, draft: _Flying) -> tuple[torch.Tensor, int]:
+        """Return the token `[1, 1]` that follows by processed scores `[1, 1, V]`, and whether the draft is right."""
+        token = draft.token
+        if not state.do_sample:
+            choice = scores.argmax(dim=-1)
+            return choice, int(bool(choice == token))
+        law, one = torch.softmax(scores, dim=-1), torch.ones(1, dtype=torch.int64, device=scores.device)
+        proposed = None if draft.law is None else draft.law[:, None]
+        accepted = acceptance.accept_drafts(token, one, law, proposed)
+        if bool(accepted):
+            return token, 1
+        return acceptance.draw_next(token, one, accepted, law, proposed).tokens[:, :1], 0
+
+    def _draft(self, state: DecodingState, guess: torch.Tensor) -> None:
+        """Choose the next token by the module's logits `[1, V_d]` and hand it to the first stage."""
+        ahead = [entry.token for entry in self.flying if entry.position >= state.committed[0]]
+        drafts = torch.cat([state.pending[:, :0], *ahead], dim=1)
+        scores = state.process_next(self.module.scatter(guess).to(state.device), drafts)
+        token, law = state.choose(scores)
+        self._enter(token[:, None], self.flying[-1].position + 1, law)
+
+    def _enter(self, token: torch.Tensor, position: int, law: torch.Tensor | None) -> None:
+        features = {0: self.pipeline.enter(token, position)}
+        self.flying.append(_Flying(position, token, law, features))
+
+    def _report(self, state: DecodingState) -> None:
+        # the prefill's token counts for the paper, which gives the time of the prefill to neither side
+        rows = 1 + sum(map(bool, state.stats.accept_lengths[: state.active[0]]))
+        tokens = self.emitted + rows
+        state.stats.method.update(
+            num_stages=self.depths.stages,
+            ticks=self.ticks,
+            rejections=self.rejections,
+            theoretical_speedup=self.depths.stages * tokens / self.ticks,
+        )
+
+    def commit(self, state: DecodingState, kept: list[int]) -> None:
+        """Leave the caches as they are: tokens in flight stay in them, and a rejection has dropped them already."""

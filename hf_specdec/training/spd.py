@@ -1,0 +1,254 @@
+"""Distilling SPD's draft module: teacher-forced rows at every depth, with the states of a pipeline that is filling up.
+
+One forward trains every position: each token's row appears once per depth (layout "exact") or once per aggregation
+type (layout "shared"), and a mask shows each row the depths that decoding would have shown it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import _compat
+from ..generation.depth_map import DepthMap
+from ..generation.draft_model import decoder_layers
+from ..generation.draft_module import Features, PipelineDraftModule
+from ..generation.layerwise import LayerCall, Layerwise
+from ..generation.spd import SPDConfig
+from .data import Text
+from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, padded
+
+
+LAYOUTS = ("exact", "shared")
+_MOST_EXACT_STAGES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleTraining(DistillSettings):
+    """Settings of `train_draft_module`: those of `DistillSettings`, and
+
+    Args:
+        num_stages (`int`): pipeline stages, n.
+        stage_layers (`tuple[int, ...]`, *optional*): layers of each stage; equally many by default.
+        feature_layers (`tuple[int, ...]`, *optional*): hidden states that the module reads (see `DepthMap`).
+        num_draft_layers (`int`, *optional*, defaults to 2): decoder layers of the module. With at most one less than a
+            stage has, drafting hides behind the stages.
+        templates (`tuple[int, ...]`, *optional*): the model's layers that they begin as copies of; by default spread
+            over the upper half.
+        layout (`str`, *optional*): `"exact"`, in which training equals decoding, or `"shared"`, with fewer rows. By
+            default exact for up to 8 stages.
+    """
+
+    num_stages: int
+    stage_layers: tuple[int, ...] | None = None
+    feature_layers: tuple[int, ...] | None = None
+    num_draft_layers: int = 2
+    templates: tuple[int, ...] | None = None
+    layout: str | None = None
+    num_assistant_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_stages < 2:
+            raise ValueError(f"`num_stages` must be at least 2, got {self.num_stages}: one stage drafts nothing.")
+        if self.num_draft_layers < 1:
+            raise ValueError(f"`num_draft_layers` must be at least 1, got {self.num_draft_layers}.")
+        if self.templates is not None and len(self.templates) != self.num_draft_layers:
+            raise ValueError(
+                f"`templates` must name `num_draft_layers` {self.num_draft_layers} layers, got {self.templates}."
+            )
+        if self.layout not in (None, *LAYOUTS):
+            raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
+
+
+def train_draft_module(
+    target: PreTrainedModel,
+    texts: Sequence[Text],
+    folder: str | Path,
+    settings: ModuleTraining,
+    *,
+    resume: bool = False,
+    notes: dict[str, Any] | None = None,
+    report: Report = lambda _: None,
+) -> dict[str, Any]:
+    """Train a draft module and write it to `folder`.
+
+    Args:
+        target (`PreTrainedModel`): frozen; on the device to train on.
+        texts (`list[Text]`): training text; every 50th, at most 64, is held out.
+        folder (`str` or `Path`): gets the module at every checkpoint, and a folder `checkpoint` to resume from.
+        settings (`ModuleTraining`): how.
+        resume (`bool`, *optional*, defaults to `False`): go on from the folder's checkpoint.
+        notes (`dict`, *optional*): what else to record in the adapter's config file.
+        report (`Callable[[dict], None]`, *optional*): see `Distillation`.
+
+    Returns:
+        The held-out figures (see `Agreement.figures`) with a full pipeline, and under `after_rejection` those of the
+        first token after a rejection, when all others are finished.
+
+    Raises:
+        ValueError: for fewer than 2 texts, stages or features that don't fit the model, or a checkpoint made with
+            other settings.
+        FileNotFoundError: if there is nothing to resume from.
+    """
+    return _ModuleRun(target, texts, Path(folder), settings, notes or {}, report).run(resume=resume)
+
+
+class Layout:
+    """The rows of one training forward, in blocks of one row per position, deepest block first.
+
+    Args:
+        depths (`DepthMap`): stages and features.
+        kind (`str`): `"exact"` or `"shared"`.
+        fill (`int`): F, ticks since the pipeline was last empty: tokens F and more behind the newest are finished.
+
+    Attributes:
+        blocks (`list[tuple[int, int]]`): each block's aggregation type, and the depth at which its rows look around.
+    """
+
+    def __init__(self, depths: DepthMap, kind: str, fill: int) -> None:
+        n, types = depths.stages, depths.types
+        # what a row at depth d sees of a token `back` positions before it lies at depth d + back
+        seen = [n if fill < n and depth >= fill else depth for depth in range(n + 1)]
+        if kind == "exact":
+            self._required = seen
+            self._labels = sorted(set(seen), reverse=True)
+            self.blocks = [(types[depth], depth) for depth in self._labels]
+        else:
+            self._required = [types[depth] for depth in seen]
+            self._labels = sorted(set(self._required), reverse=True)
+            self.blocks = [(label, types.index(label)) for label in self._labels]
+
+    def mask(self, width: int, device: torch.device) -> torch.Tensor:
+        """Return which rows each row may see for texts of `width` tokens, bool `[1, 1, rows, rows]`."""
+        looking = torch.tensor([depth for _, depth in self.blocks], device=device)[:, None, None]
+        required = torch.tensor(self._required, device=device)
+        places = torch.arange(width, device=device)
+        back = places[:, None] - places
+        depth = (looking + back.clamp(min=0)).clamp(max=len(required) - 1)
+        labels = torch.tensor(self._labels, device=device)[:, None]
+        visible = (required[depth][:, :, None] == labels) & (back >= 0)[:, None]
+        return visible.view(1, 1, len(labels) * width, -1)
+
+
+class Student(nn.Module):
+    """The draft module as a function of the target's states (one module, so that it can be distributed).
+
+    Its layers attend through `scaled_dot_product_attention`, or eagerly where a family needs what that lacks.
+    """
+
+    def __init__(self, target: PreTrainedModel, module: PipelineDraftModule) -> None:
+        super().__init__()
+        self.module = module
+        self.__dict__["parts"] = Layerwise(target)
+        config = target.config.get_text_config(decoder=True)
+        special = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
+        self.implementation = "eager" if special else "sdpa"
+        for layer in module.layers:
+            for part in layer.modules():
+                if isinstance(own := part.__dict__.get("config"), type(config)):
+                    _compat.set_attention_name(own, self.implementation)
+
+    def calls(self, layout: Layout, width: int, sample: torch.Tensor) -> list[LayerCall]:
+        """Return the arguments of the module's layers for texts of `width` tokens, of the type of `sample`."""
+        mask = layout.mask(width, sample.device)
+        if self.implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=sample.dtype).masked_fill(~mask, torch.finfo(sample.dtype).min)
+        positions = torch.arange(width, device=sample.device).repeat(1, len(layout.blocks))
+        rows = sample.new_zeros(1, positions.shape[1], sample.shape[-1])
+        recording = self.parts.record(
+            inputs_embeds=rows, position_ids=positions, attention_mask=mask, use_cache=False
+        )
+        return [recording.calls[index] for index in self.module.templates]
+
+    def forward(self, features: Features, layout: Layout, calls: list[LayerCall]) -> torch.Tensor:
+        """Return logits `[b, T, V_d]` of what follows each of the newest tokens, for features `[b, T, H]`."""
+        rows = torch.cat([self.module.fuse(kind, features) for kind, _ in layout.blocks], dim=1)
+        hidden = self.module.run(rows, calls)
+        return self.module.score(hidden[:, -features[0].shape[1] :])
+
+
+class _ModuleRun(Distillation):
+    """The draft module as the student."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        texts: Sequence[Text],
+        path: Path,
+        settings: ModuleTraining,
+        notes: dict[str, Any],
+        report: Report,
+    ) -> None:
+        layers = len(decoder_layers(target))
+        depths = DepthMap(layers, settings.num_stages, settings.stage_layers, settings.feature_layers)
+        super().__init__(target, texts, path, settings, notes, report, depths.features)
+        self.settings, self.depths = settings, depths
+        self.kind = settings.layout or ("exact" if depths.stages <= _MOST_EXACT_STAGES else "shared")
+        spread = torch.linspace(layers // 2, layers - 1, settings.num_draft_layers + 1)[1:].round().long().tolist()
+        templates = settings.templates or spread
+        self.module = PipelineDraftModule(target, depths, templates, self.vocabulary, settings.max_length)
+        self.student = self.adopt(Student(target, self.module), dict(self.module.named_parameters()))
+        self.parts = Layerwise(target)
+        self.whole = self.parts.tail()
+
+    def _logits(self, states: list[torch.Tensor], fill: int) -> torch.Tensor:
+        """Return the module's logits `[b, T, V_d]` for the target's states `[b, T, H]`."""
+        layout, width = Layout(self.depths, self.kind, fill), states[0].shape[1]
+        plain = getattr(self.student, "module", self.student)  # without what distributes it
+        plain = plain if isinstance(plain, Student) else self.student
+        sample = states[0].to(self.target.dtype)
+        features = {index: state.to(self.target.dtype) for index, state in zip(self.depths.features, states)}
+        with torch.autocast(sample.device.type, torch.bfloat16):
+            return self.student(features, layout, plain.calls(layout, width, sample))
+
+    def fill(self) -> int:
+        """Return this step's F, the same on all processes: n half of the time, otherwise less."""
+        n, draw = self.depths.stages, torch.Generator().manual_seed(1_000_003 * self.settings.seed + self.step)
+        if n == 1 or torch.rand((), generator=draw) < 0.5:
+            return n
+        return int(torch.randint(1, n, (), generator=draw))
+
+    def loss(self, ids: torch.Tensor, real: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
+        """Return the divergence at the real positions whose most likely word the module can guess."""
+        with torch.no_grad():
+            theirs = self.whole(states[-1][real].to(self.target.dtype))
+            words = None if self.vocabulary is None else self.vocabulary.to(theirs.device)
+            if words is None:
+                valid = torch.ones_like(theirs[:, 0], dtype=torch.bool)
+            else:
+                valid = torch.isin(theirs.argmax(-1), words)
+                theirs = theirs[:, words]
+            p = theirs[valid].softmax(-1, dtype=torch.float32)
+        return divergence(p, self._logits(states[:-1], self.fill())[real][valid])
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Compare the module with the model at the answer positions of the held-out texts."""
+        found = {self.depths.stages: Agreement(), 1: Agreement()}
+        words = None if self.vocabulary is None else self.vocabulary.to(self.target.device)
+        texts = self.held_out
+        self.student.eval()
+        for indices in batches([len(text.ids) for text in texts], self.settings.batch_tokens, 0):
+            ids = padded(texts, indices, self.target.device)
+            answers = torch.zeros_like(ids, dtype=torch.bool)
+            for row, index in enumerate(indices):
+                answers[row, texts[index].answer] = True
+            states = self.teachers[1](indices, ids)
+            p = self.whole(states[-1][answers].to(self.target.dtype)).float().softmax(-1)
+            for fill, sums in found.items():
+                mine = self._logits(states[:-1], fill)[answers]
+                sums.add(p, mine.softmax(-1, dtype=torch.float32), words)
+        self.student.train()
+        return {**found[self.depths.stages].figures(), "after_rejection": found[1].figures()}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Save the module."""
+        notes = {"fill_simulation": True, "train_layout": self.kind, "kd_temperature": 1.0}
+        self.module.save(self.path, SPDConfig(), self.target, **notes, **record)
