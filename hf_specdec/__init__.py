@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .generation.plain import PlainConfig
     from .generation.prompt_lookup import PromptLookupConfig
     from .generation.slim_drafter import ViaSDQualityError
+    from .generation.spd import SPDConfig
     from .generation.specbound import SpecBoundConfig
     from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
     from .generation.vegas import VegasConfig
@@ -38,6 +39,7 @@ _EXPORTS = {
     "DiversedHead": "generation.ensemble_head",
     "PlainConfig": "generation.plain",
     "PromptLookupConfig": "generation.prompt_lookup",
+    "SPDConfig": "generation.spd",
     "SpecBoundConfig": "generation.specbound",
     "SpeculationConfig": "configuration",
     "SpeculationOutput": "generation.stats",
@@ -61,6 +63,7 @@ __all__ = [
     "DiversedHead",
     "PlainConfig",
     "PromptLookupConfig",
+    "SPDConfig",
     "SpecBoundConfig",
     "SpeculationConfig",
     "SpeculationOutput",

@@ -12,6 +12,8 @@ import families
 import pytest
 import torch
 
+from hf_specdec.generation import spd
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -24,6 +26,15 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def oracle():
+    """SPD's tests guess by a noisy copy of the model where its adapter has the name of one."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(spd, "load_draft_module", families.load_oracle)
+    yield
+    patch.undo()
 
 
 @pytest.fixture

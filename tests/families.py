@@ -17,9 +17,13 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_specdec import SpeculationConfig
+from hf_specdec.generation import adapters
+from hf_specdec.generation.depth_map import DepthMap
+from hf_specdec.generation.draft_module import PipelineDraftModule, load_draft_module
 from hf_specdec.generation.registry import preset, strategy_class
 
 
+ORACLE = "oracle"
 VOCAB = 64
 WINDOW = 8
 LENGTHS = (19, 3, 12, 7)
@@ -117,6 +121,8 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
     the law is compared with stock here, the law itself is tested in the method's own file.
     """
     config = preset(strategy)
+    if config.strategy == "spd":
+        return config.override(adapter=ORACLE)
     changes: dict[str, Any] = {"num_assistant_tokens": tokens}
     if config.strategy == "vegas":
         changes |= {"min_context": 0, "min_tokens": 2, "kv_ratio": 0.3}
@@ -134,6 +140,47 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
         everything = {"tau_accept": 1.01, "tau_escalate": 1.01, "bonus_min_conf": 1.01, "alpha1": None, "alpha2": None}
         changes |= {"force": True, "lossy_level": 0.8, **everything}  # every draft is escalated
     return config.override(**changes)
+
+
+class Oracle(PipelineDraftModule):
+    """A draft module for tests: guesses by a noisy copy of the model, and learns the text from its embeddings."""
+
+    def __init__(self, model: PreTrainedModel, stages: int = 2, noise: float = 0.04) -> None:
+        layers = model.config.get_text_config().num_hidden_layers
+        super().__init__(model, DepthMap(layers, stages), [layers - 1])
+        self.__dict__["other"] = perturbed(model, noise)
+        self.other.requires_grad_(False)
+
+    def reader(self, model: PreTrainedModel, capacity: int) -> Any:
+        return OracleReader(self)
+
+
+class OracleReader:
+    """What an `Oracle` has read of one text, from the first token that the call ran."""
+
+    def __init__(self, module: Oracle) -> None:
+        self.module = module
+
+    def start(self, features: dict[int, torch.Tensor], first: int) -> None:
+        self.seen, self.first = features[0], first
+
+    def draft(self, finished: Any, flying: Any) -> torch.Tensor:
+        self.seen = torch.cat([self.seen, *(features[0] for features in finished)], dim=1)
+        rows = torch.cat([self.seen, *(features[0] for _, features in flying)], dim=1)
+        places = torch.arange(self.first, self.first + rows.shape[1])[None]
+        other = self.module.other
+        hidden = other.base_model(inputs_embeds=rows, position_ids=places, use_cache=False).last_hidden_state
+        return other.get_output_embeddings()(hidden[:, -1])
+
+
+def load_oracle(model: PreTrainedModel, name: str) -> PipelineDraftModule:
+    """Stand in for `load_draft_module`; any name but `ORACLE` goes to it."""
+    if name != ORACLE:
+        return load_draft_module(model, name)
+    built = adapters._loaded.setdefault(model, {})
+    if ORACLE not in built:
+        built[ORACLE] = Oracle(model)
+    return built[ORACLE]
 
 
 def extras(strategy: str, assistant: PreTrainedModel) -> dict[str, Any]:

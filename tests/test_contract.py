@@ -481,7 +481,8 @@ def check_statistics(out, model, rows, exact_rows=True):
         assert [sum(row) + 1 for row in stats.accept_lengths] == [total] * rows
     steps = sum(len(row) for row in stats.accept_lengths)
     emitted = sum(map(sum, stats.accept_lengths))
-    assert all(length >= 1 for row in stats.accept_lengths for length in row)
+    least = 0 if "ticks" in stats.method else 1  # a pipeline that is filling up emits nothing
+    assert all(length >= least for row in stats.accept_lengths for length in row)
     assert stats.num_drafts == steps
     assert stats.num_accepted_tokens == sum(stats.num_accepted_tokens_per_pos) <= stats.num_draft_tokens
     assert stats.num_accepted_tokens <= emitted <= stats.num_accepted_tokens + steps
@@ -490,7 +491,7 @@ def check_statistics(out, model, rows, exact_rows=True):
     assert stats.mean_tokens_per_step == pytest.approx(emitted / steps if steps else 0.0)
     rate = stats.num_accepted_tokens / stats.num_draft_tokens if stats.num_draft_tokens else 0.0
     assert stats.acceptance_rate == pytest.approx(rate)
-    assert stats.target_forwards >= max(map(len, stats.accept_lengths))
+    assert stats.target_forwards >= max(len([1 for length in row if length]) for row in stats.accept_lengths)
 
 
 @every_preset

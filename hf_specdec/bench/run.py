@@ -236,6 +236,8 @@ def _rounds(m: Measurement, stats: SpeculationStats) -> float:
     """Return the milliseconds of an average round by its parts."""
     drafts = stats.draft_forwards / max(stats.target_forwards, 1)
     spent = drafts * (m.draft_ms or 0.0) + (m.verify_ms or 0.0)
+    if "ticks" in stats.method:  # a pipeline's token takes less than a forward, or several, and drafts meanwhile
+        return (m.verify_ms or 0.0) * stats.target_forwards / stats.method["ticks"]
     tiered = sum(stats.method.get(f"{kind}_rounds", 0) for kind in ("tiered", "strict", "forced"))
     if not tiered:
         return spent

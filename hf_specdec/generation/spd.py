@@ -127,6 +127,12 @@ class SPDStrategy(SpeculationStrategy):
     pipeline: Pipeline
     reader: DraftReader
 
+    def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config, assistant_model)
+        self.flying: list[_Flying] = []  # oldest first
+        self.finished: list[Features] = []  # of tokens that have passed all stages and are not in the module's cache
+        self.rows = self.ticks = self.rejections = self.emitted = 0
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Load the draft module, and check the stages against the model's layers and the adapter's."""
         config, layers = self.config, len(decoder_layers(model))
@@ -140,9 +146,6 @@ class SPDStrategy(SpeculationStrategy):
         self.module = load_draft_module(model, config.adapter)
         self.depths = self.module.depths
         config.check_depths(self.depths)
-        self.flying: list[_Flying] = []
-        self.finished: list[Features] = []
-        self.ticks = self.rejections = self.emitted = 0
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return storage as large as plain decoding's, so that attention reduces over the same slots."""
@@ -168,6 +171,7 @@ class SPDStrategy(SpeculationStrategy):
         self.reader = self.module.reader(state.model, state.max_length)
         self.reader.start(features, state.prompt.cached[state.active[0]])
         self.flying, self.finished = [], []
+        self.rows += 1
         return output
 
     def step(self, state: DecodingState) -> StepResult:
@@ -178,7 +182,7 @@ class SPDStrategy(SpeculationStrategy):
         with state.timed("verify"):
             tick = self.pipeline.tick(drafting)
         self.ticks += 1
-        state.stats.target_forwards += 1  # no layer ran more than once
+        state.stats.target_forwards += tick.final is not None
         state.stats.draft_forwards += tick.guess is not None
         if tick.guess is not None:
             self.finished = []  # they are in the module's cache now
@@ -251,8 +255,7 @@ class SPDStrategy(SpeculationStrategy):
 
     def _report(self, state: DecodingState) -> None:
         # the prefill's token counts for the paper, which gives the time of the prefill to neither side
-        rows = 1 + sum(map(bool, state.stats.accept_lengths[: state.active[0]]))
-        tokens = self.emitted + rows
+        tokens = self.emitted + self.rows
         state.stats.method.update(
             num_stages=self.depths.stages,
             ticks=self.ticks,
