@@ -129,11 +129,11 @@ def write_config(folder: str | Path, config: SpeculationConfig) -> None:
     (path / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
-    """Load an adapter from a folder or a Hub repository.
+def read_record(name_or_path: str | Path, kind: str) -> tuple[dict[str, Any], Path]:
+    """Return the record of an adapter in a folder or a Hub repository, and the folder; its tensors are not read.
 
     Raises:
-        FileNotFoundError: if the folder lacks one of the two files.
+        FileNotFoundError: if there is no config file.
         ValueError: for an adapter of another kind, or a format that this release doesn't know.
     """
     folder = Path(name_or_path)
@@ -144,12 +144,6 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {CONFIG_NAME}.")
     record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("adapter")
-    files = record.get("files", [ADAPTER_NAME]) if isinstance(record, dict) else [ADAPTER_NAME]
-    for name in files:
-        if not Path(name_or_path).is_dir():
-            hf_hub_download(str(name_or_path), name)
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {name}.")
     if not isinstance(record, dict) or record.get("kind") != kind:
         found = record.get("kind") if isinstance(record, dict) else None
         raise ValueError(f"{str(folder)!r} holds an adapter of kind {found!r}; needed: {kind!r}.")
@@ -158,6 +152,23 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
             f"The adapter in {str(folder)!r} has format version {record.get('format_version')!r}; this release reads "
             f"{FORMAT_VERSION}."
         )
+    return record, folder
+
+
+def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
+    """Load an adapter from a folder or a Hub repository.
+
+    Raises:
+        FileNotFoundError: if one of its files is missing.
+        ValueError: for an adapter of another kind, or a format that this release doesn't know.
+    """
+    record, folder = read_record(name_or_path, kind)
+    files = record.get("files", [ADAPTER_NAME])
+    for name in files:
+        if not Path(name_or_path).is_dir():
+            hf_hub_download(str(name_or_path), name)
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {name}.")
     return Adapter(record, load_file(folder / ADAPTER_NAME) if ADAPTER_NAME in files else {}, folder)
 
 

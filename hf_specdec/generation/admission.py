@@ -224,3 +224,17 @@ def check_cache(past: Any, batch: int) -> DynamicCache | None:
     if rows != batch:
         raise ValueError(f"`past_key_values` has {rows} rows, the prompt {batch} (after `num_return_sequences`).")
     return past
+
+
+def check_partial(past: Any, generation_config: GenerationConfig, batch: int) -> None:
+    """Raise `ValueError` for what only a process that runs all layers can honour."""
+    if getattr(past, "_is_user_defined", False) or (past is not None and past.get_seq_length()):
+        raise ValueError(
+            "`past_key_values` can't be used where the model's layers lie on several ranks: no rank holds a whole cache."
+        )
+    scores = [name for name in ("output_scores", "output_logits") if getattr(generation_config, name, False)]
+    if scores and batch > 1:
+        raise ValueError(
+            f"`{scores[0]}=True` with {batch} rows is not available where the model's layers lie on several ranks; "
+            "pass one row per call."
+        )

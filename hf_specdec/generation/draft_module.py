@@ -21,7 +21,7 @@ from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import MaskSpec
 from ..kernels.step import Step
-from .adapters import Adapter, check_model, describe, load_once, write_adapter
+from .adapters import Adapter, check_model, describe, load_once, read_record, write_adapter
 from .depth_map import DepthMap
 from .draft_model import decoder_layers, place_layer
 from .layerwise import LayerCall, Layerwise, placed, run_layer
@@ -189,14 +189,27 @@ class DraftReader:
         return self.module.run(rows, calls)
 
 
-def read_depths(record: dict[str, Any], where: str, layers: int) -> DepthMap:
-    """Return the depth map that an adapter's record describes."""
+def _depths(model: PreTrainedModel, record: dict[str, Any], folder: Path) -> DepthMap:
+    """Return the depth map of an adapter's record, which must be of `model`."""
+    where = f"The adapter in {str(folder)!r}"
     missing = {"architecture", "num_stages", "stage_layers", "feature_layers", "templates", "model"} - set(record)
     if missing:
         raise ValueError(f"{where} has a record without {', '.join(sorted(missing))}.")
     if record["architecture"] != ARCHITECTURE:
         raise ValueError(f"{where} has the architecture {record['architecture']!r}; this release reads v11.")
+    check_model(model, record["model"], folder, "model")
+    layers = len(decoder_layers(model))
     return DepthMap(layers, record["num_stages"], record["stage_layers"], record["feature_layers"])
+
+
+def read_depths(model: PreTrainedModel, name_or_path: str) -> DepthMap:
+    """Return the depth map of a saved draft module for `model`, without loading the module.
+
+    Raises:
+        ValueError: for a module of another model or architecture.
+    """
+    record, folder = read_record(name_or_path, KIND)
+    return _depths(model, record, folder)
 
 
 def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraftModule:
@@ -209,8 +222,7 @@ def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraf
 
     def build(adapter: Adapter) -> PipelineDraftModule:
         record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {str(adapter.folder)!r}"
-        check_model(model, record.get("model", {}), adapter.folder, "model")
-        depths = read_depths(record, where, len(decoder_layers(model)))
+        depths = _depths(model, record, adapter.folder)
         ids = tensors.pop("draft_token_ids", None)
         module = PipelineDraftModule(model, depths, record["templates"], ids, record.get("train_span"), record)
         expected = {name: tuple(value.shape) for name, value in module.named_parameters()}

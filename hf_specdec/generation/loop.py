@@ -89,8 +89,14 @@ class DecodingLoop:
         )  # fmt: skip
         past = model_kwargs.get("past_key_values")
         keep_cache = bool(generation_config.return_dict_in_generate) or getattr(past, "_is_user_defined", False)
+        keep_cache = keep_cache and strategy.whole_model
         groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
-        finished = [self._decode(strategy, state, emitter, rows) for rows in groups]
+        finished: list[tuple[ModelRunner, list[int]]] = []
+        with strategy.session(state):
+            if strategy.controls:
+                finished = [self._decode(strategy, state, emitter, rows) for rows in groups]
+            else:
+                strategy.follow(state)
         end = max(state.columns)
         if keep_cache or emitter.collected:
             with speculative_attention(model):
@@ -99,7 +105,8 @@ class DecodingLoop:
         if emitter.streamer is not None:
             emitter.streamer.end()
         stats = state.stats
-        report(stats)
+        if strategy.controls:
+            report(stats)
         cache = self._export(model, state, finished, past, end) if keep_cache else None
         sequences = state.ids[:, :end]
         if not generation_config.return_dict_in_generate:
@@ -149,7 +156,7 @@ class DecodingLoop:
         )
         state = DecodingState(model, prompt, generation_config, chain, windows, stats)
         rules = criteria if criteria is not None else StoppingCriteriaList()
-        returns = bool(generation_config.return_dict_in_generate)
+        returns = bool(generation_config.return_dict_in_generate) and strategy.controls
         emitter = Emitter(
             state,
             rules,
@@ -159,6 +166,8 @@ class DecodingLoop:
         )
         if not strategy.batched and state.batch > 1:
             self._check_in_turn(emitter, state.batch)
+        if not strategy.whole_model:
+            admission.check_partial(model_kwargs.get("past_key_values"), generation_config, state.batch)
         if not strategy.lossless:
             logger.warning_once(
                 f"The strategy {self.config.strategy!r} is lossy under these settings: see its documentation."

@@ -123,7 +123,9 @@ class Pipeline:
         """Hand a token `[1, 1]` to the first stage, for the next tick; return its state at depth 0, `[1, 1, H]`."""
         device = cast(torch.Tensor, self.parts.model.get_input_embeddings().weight).device
         step = Step([position], 1, device)
-        recording = record_token(self.parts, {"input_ids": token.to(device)}, self.cache, step, self.last_position)
+        recording = record_token(
+            self.parts, {"input_ids": token.to(device)}, self.cache, step, self.last_position, specdec_step=step
+        )
         self.waiting[0] = Parcel(recording.hidden, step, recording)
         return recording.hidden
 
@@ -148,7 +150,12 @@ class Pipeline:
 
 
 def record_token(
-    parts: Layerwise, inputs: dict[str, torch.Tensor], cache: SpeculativeCache, step: Step, last_position: int
+    parts: Layerwise,
+    inputs: dict[str, torch.Tensor],
+    cache: SpeculativeCache,
+    step: Step,
+    last_position: int,
+    **options: Step,
 ) -> Recording:
     """Return the recording of tokens at `step`.
 
@@ -156,6 +163,7 @@ def record_token(
         inputs (`dict`): `input_ids`, or `inputs_embeds` where the states are not to be taken from the recording.
         cache (`SpeculativeCache`): exchanged when a stage runs (see `placed`).
         last_position (`int`): positions are clamped to it.
+        options: `specdec_step`, for the package's attention.
     """
     device = next(iter(inputs.values())).device
     return parts.record(
@@ -163,7 +171,7 @@ def record_token(
         position_ids=step.slots_on(device).clamp(max=last_position),
         past_key_values=cache,
         use_cache=True,
-        specdec_step=step,
+        **options,
     )
 
 

@@ -18,9 +18,15 @@ Names are the paper's: n stages, a token's depth is the number of stages that it
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -28,17 +34,23 @@ from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
 from . import acceptance
+from .adapters import describe
 from .depth_map import DepthMap
 from .draft_model import decoder_layers
-from .draft_module import DraftReader, Features, PipelineDraftModule, load_draft_module
+from .draft_module import DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
 from .layerwise import Layerwise
 from .pipeline import InThreads, Job, Pipeline, in_series
+from .pipeline_ranks import RankedPipeline, serve
+from .ranks import STOP, Ranks
 from .runner import Forward
 from .state import DecodingState
 from .strategy import SpeculationStrategy, StepResult
 
 
 logger = logging.get_logger(__name__)
+
+_PROTOCOL = 1
+"""Of the messages between ranks; ranks of unlike releases must not talk to each other."""
 
 SCHEDULES = ("auto", "serial", "threads", "dist")
 
@@ -78,6 +90,21 @@ class SPDConfig(SpeculationConfig):
             raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"`timeout` must be above 0 and finite, got {self.timeout}.")
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the stages lie on the ranks of `torch.distributed`.
+
+        Raises:
+            ValueError: if they are to, and there are no ranks.
+        """
+        ready = dist.is_available() and dist.is_initialized()
+        if self.schedule == "dist" and not ready:
+            raise ValueError(
+                "`schedule='dist'` needs `torch.distributed`: start one process per rank with `torchrun`, and call "
+                "`torch.distributed.init_process_group()` first."
+            )
+        return self.schedule == "dist" or (self.schedule == "auto" and ready and dist.get_world_size() > 1)
 
     def check_depths(self, depths: DepthMap) -> None:
         """Raise `ValueError` unless the stages asked for are those that the adapter was trained with."""
@@ -143,27 +170,78 @@ class SPDStrategy(SpeculationStrategy):
                 "The strategy 'spd' drafts with a trained module: set `adapter` to its folder or Hub repository "
                 '(`assistant_strategy="path/or/repo"`), or train one with `hf-specdec train spd`.'
             )
-        self.module = load_draft_module(model, config.adapter)
-        self.depths = self.module.depths
+        if config.ranked and dist.get_rank():  # only the controlling rank drafts
+            self.depths = read_depths(model, config.adapter)
+        else:
+            self.module = load_draft_module(model, config.adapter)
+            self.depths = self.module.depths
         config.check_depths(self.depths)
+        self.ranks = Ranks(self.depths, config.timeout) if config.ranked else None
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return storage as large as plain decoding's, so that attention reduces over the same slots."""
         return SpeculativeCache(state.windows, rows, state.max_length + SpeculationConfig.num_assistant_tokens + 1)
 
-    def prefill(self, state: DecodingState) -> Forward:
-        """Run the prompt as usual, and let the draft module read its features."""
-        schedule = self.config.schedule
-        if schedule == "threads":
-            threads = InThreads(self.depths.stages, state.target.device)
-            state.contexts.callback(threads.close)
-            self.pipeline = Pipeline(self.depths, threads)
-        else:
+    @property
+    def controls(self) -> bool:
+        """Whether this process decides; the others serve it (see `follow`)."""
+        return self.ranks is None or self.ranks.controls
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether this process runs all layers, so that it can return their cache."""
+        return self.ranks is None
+
+    @contextmanager
+    def session(self, state: DecodingState) -> Iterator[None]:
+        """Connect the ranks for one call, and give all of them its result."""
+        if self.ranks is None:
+            yield
+            return
+        with self.ranks.session(self._terms(state), state.device):
+            yield
+            if self.controls:
+                self.ranks.command(STOP, 0)
+            result = torch.cat([state.ids.flatten().cpu(), torch.tensor(state.columns)])
+            self.ranks.share(result)
+            state.columns = result[-state.batch :].tolist()
+            state.ids.copy_(result[: -state.batch].view_as(state.ids))
+
+    def _terms(self, state: DecodingState) -> dict[str, str]:
+        """Return what all ranks must agree on."""
+        record = {"stages": self.depths.stage_layers, "features": self.depths.features, "protocol": _PROTOCOL}
+        return {
+            "inputs": _digest([state.prompt.ids.tolist(), state.prompt.mask.tolist()]),
+            "generation_config": _digest(state.generation_config.to_dict()),
+            "model": _digest([describe(state.model), str(state.model.dtype)]),
+            "adapter": _digest(record),
+            "timeout": str(self.config.timeout),
+        }
+
+    def follow(self, state: DecodingState) -> None:
+        """Run this rank's stage until the controlling rank ends the call."""
+        with state.contexts:
+            serve(state, cast(Ranks, self.ranks), lambda: self.make_cache(state, 1))
+
+    def _pipeline(self, state: DecodingState) -> Pipeline:
+        schedule, n = self.config.schedule, self.depths.stages
+        threads = 1 if self.ranks is not None and self.ranks.stage is not None else n if schedule == "threads" else 0
+        run_all = in_series
+        if threads:
+            run_all = InThreads(threads, state.target.device)
+            state.contexts.callback(run_all.close)
+        if self.ranks is not None:
+            return RankedPipeline(self.ranks, run_all)
+        if not threads:
             logger.warning_once(
                 "The strategy 'spd' with schedule 'serial' runs the stages one after the other, so it measures "
                 "acceptance and gains no time; see `schedule`."
             )
-            self.pipeline = Pipeline(self.depths, in_series)
+        return Pipeline(self.depths, run_all)
+
+    def prefill(self, state: DecodingState) -> Forward:
+        """Run the prompt as usual, and let the draft module read its features."""
+        self.pipeline = self._pipeline(state)
         output, features = self.pipeline.prefill(state)
         self.parts = Layerwise(state.model)
         self.tail = self.parts.tail()
@@ -265,3 +343,7 @@ class SPDStrategy(SpeculationStrategy):
 
     def commit(self, state: DecodingState, kept: list[int]) -> None:
         """Leave the caches as they are: tokens in flight stay in them, and a rejection has dropped them already."""
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

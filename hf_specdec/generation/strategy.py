@@ -7,6 +7,7 @@ streams and rolls back.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -156,6 +157,20 @@ class SpeculationStrategy:
         """Whether the output's law is the model's own, under the configured settings."""
         return self.config.lossless
 
+    @property
+    def controls(self) -> bool:
+        """Whether this process decides what is emitted; one that doesn't follows (see `follow`)."""
+        return True
+
+    @property
+    def whole_model(self) -> bool:
+        """Whether this process runs all of the model's layers, so that it can take and return their cache."""
+        return True
+
+    def session(self, state: DecodingState) -> AbstractContextManager[None]:
+        """Return a context around the decoding of all rows of one call."""
+        return nullcontext()
+
     def make_drafter(self) -> Drafter | None:
         """Return the drafter, `None` for a strategy that has none."""
         return None
@@ -229,7 +244,7 @@ class SpeculationStrategy:
         return state.committed[slot] - 1
 
     def follow(self, state: DecodingState) -> None:
-        """Serve the controlling rank until it stops; only for strategies that run on several ranks."""
+        """Serve the controlling process until it has decoded all rows; only where `controls` is `False`."""
         raise NotImplementedError(f"{self.config.strategy!r} does not run on several ranks.")
 
     def close(self, state: DecodingState) -> None:

@@ -1,0 +1,238 @@
+"""`Ranks`: the processes of `torch.distributed` as the places of SPD's stages, and what they say to each other.
+
+Rank 0 controls. With n + 1 ranks ("dedicated") it has no stage and rank s + 1 has stage s; with n ranks ("colocated")
+it has the last stage, and rank s + 1 stage s for the others. Messages between two ranks have a fixed order, so that
+no tags are needed where a backend has none. Whoever waits gives up after `timeout` seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .depth_map import DepthMap
+
+
+STOP, PROMPT, TICK = range(3)
+"""What rank 0 tells the others to do: end the call, run a row's prompt, make one tick."""
+
+_CONTROL, _REPORT, _HIDDEN = range(3)
+
+
+class PipelineRankError(RuntimeError):
+    """A rank failed, or did not answer in time."""
+
+
+class Ranks:
+    """The ranks, as seen by one of them.
+
+    Args:
+        depths (`DepthMap`): stages and features.
+        timeout (`float`): seconds that a rank waits for another.
+
+    Attributes:
+        rank (`int`): this one.
+        stage (`int`, *optional*): the stage that it has.
+        dedicated (`bool`): whether the controlling rank has no stage.
+
+    Raises:
+        ValueError: if there are neither as many ranks as stages, nor one more.
+    """
+
+    def __init__(self, depths: DepthMap, timeout: float) -> None:
+        n = depths.stages
+        self.depths, self.timeout = depths, timedelta(seconds=timeout)
+        self.rank, self.size, self.stage = place_of_stage(n)
+        self.dedicated = self.size == n + 1
+        self.home = torch.device("cpu")
+        self._groups: tuple[Any, Any] | None = None
+
+    def owner(self, stage: int) -> int:
+        """Return the rank that has a stage."""
+        return stage + 1 if self.dedicated or stage < self.depths.stages - 1 else 0
+
+    @property
+    def controls(self) -> bool:
+        """Whether this is the controlling rank."""
+        return self.rank == 0
+
+    # a call, from beginning to end
+
+    @contextmanager
+    def session(self, terms: dict[str, str], device: torch.device) -> Iterator[None]:
+        """Connect the ranks and check that they agree; afterwards, and after an exception, none of them waits.
+
+        Args:
+            terms (`dict[str, str]`): what must be the same on all ranks, by name.
+            device (`torch.device`): of this rank's stage.
+
+        Raises:
+            ValueError: if the ranks were called with different arguments; on all of them.
+            PipelineRankError: if a rank failed or did not answer.
+        """
+        self._connect(device)
+        self._agree(terms)
+        try:
+            yield
+        except PipelineRankError:
+            self._disconnect()
+            raise
+        except BaseException as error:
+            if self.controls:
+                with suppress(Exception):
+                    self.command(STOP, 1)
+                    self._reasons(f"{type(error).__name__}: {error}")
+            self._disconnect()
+            raise
+
+    def failed(self, error: BaseException | None) -> PipelineRankError:
+        """Tell each other what went wrong, once rank 0 has stopped the call, and return it as an error to raise.
+
+        Args:
+            error (`BaseException`, *optional*): what went wrong here.
+        """
+        reasons = self._reasons(None if error is None else f"{type(error).__name__}: {error}")
+        told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        return PipelineRankError(f"A rank of the pipeline failed ({told}).")
+
+    def _connect(self, device: torch.device) -> None:
+        """Make the groups of this call's timeout, once per process."""
+        key = (self.size, self.timeout)
+        if key not in _connected:
+            # control stays on the CPU: reading it must not wait for a device
+            control = dist.new_group(backend="gloo", timeout=self.timeout)
+            _connected[key] = control, dist.new_group(timeout=self.timeout)
+        self._groups = _connected[key]
+        if dist.get_backend(self._groups[1]) != "gloo":
+            self.home = device
+
+    def _disconnect(self) -> None:
+        """Close this call's connections, so that a rank that waits for this one learns of it at once."""
+        groups = _connected.pop((self.size, self.timeout), None)
+        self._groups = None
+        for group in groups or ():
+            with suppress(Exception):
+                group.abort()
+            with suppress(Exception):
+                dist.destroy_process_group(group)
+
+    def _agree(self, terms: dict[str, str]) -> None:
+        told: list[Any] = self._gather(terms)
+        differing = [
+            f"`{name}` on rank {rank}"
+            for name in terms
+            for rank, other in enumerate(told)
+            if other.get(name) != told[0].get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"With `schedule='dist'` all ranks must call `generate()` alike; {', '.join(differing)} differs from "
+                "rank 0's. (To decode other prompts on each rank, pass `schedule='serial'`.)"
+            )
+
+    def _reasons(self, reason: str | None) -> list[str | None]:
+        try:
+            return self._gather(reason)
+        except PipelineRankError as error:
+            return [None] * self.rank + [reason or str(error)]
+
+    def _gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.size
+        with self._patience("all ranks"):
+            dist.all_gather_object(found, value, group=self._group(0))
+        return found
+
+    # messages
+
+    def command(self, what: int, *numbers: int) -> None:
+        """Tell all other ranks what to do; `numbers` says how, at most `n + 2` of them."""
+        message = torch.full((self.depths.stages + 3,), -1, dtype=torch.int64)
+        message[: 1 + len(numbers)] = torch.tensor([what, *numbers])
+        sent = [self._send(message, rank, _CONTROL) for rank in range(1, self.size)]
+        for work, rank in zip(sent, range(1, self.size), strict=True):
+            self.wait(work, rank)
+
+    def obey(self) -> list[int]:
+        """Wait for what rank 0 says, and return it as numbers (see `command`)."""
+        message = torch.empty(self.depths.stages + 3, dtype=torch.int64)
+        self.wait(self._receive(message, 0, _CONTROL), 0)
+        return message.tolist()
+
+    def report(self, states: torch.Tensor) -> Any:
+        """Send `[1, m, H]` to rank 0; returns the work in progress."""
+        return self._send(states.to(self.home).contiguous(), 0, _REPORT)
+
+    def hear(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> tuple[torch.Tensor, Any]:
+        """Return where the report of a rank will be, and the work in progress."""
+        states = torch.empty(tuple(shape), dtype=dtype, device=self.home)
+        return states, self._receive(states, rank, _REPORT)
+
+    def hand_on(self, hidden: torch.Tensor, stage: int) -> Any:
+        """Send `hidden` to the rank of a stage; returns the work in progress."""
+        return self._send(hidden.to(self.home).contiguous(), self.owner(stage), _HIDDEN)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, stage: int) -> tuple[torch.Tensor, Any]:
+        """Return where the hidden states that a stage hands on will be, and the work in progress."""
+        hidden = torch.empty(tuple(shape), dtype=dtype, device=self.home)
+        return hidden, self._receive(hidden, self.owner(stage), _HIDDEN)
+
+    def share(self, values: torch.Tensor) -> None:
+        """Copy rank 0's int64 `values`, on the CPU, to all others, in place."""
+        with self._patience("all ranks"):
+            dist.broadcast(values, 0, group=self._group(0))
+
+    def wait(self, work: Any, rank: int) -> None:
+        """Wait until a message has been sent to, or received from, a rank."""
+        with self._patience(f"rank {rank}"):
+            work.wait(self.timeout)
+
+    def _send(self, values: torch.Tensor, rank: int, kind: int) -> Any:
+        with self._patience(f"rank {rank}"):
+            return dist.isend(values, rank, group=self._group(kind), tag=kind)
+
+    def _receive(self, values: torch.Tensor, rank: int, kind: int) -> Any:
+        with self._patience(f"rank {rank}"):
+            return dist.irecv(values, rank, group=self._group(kind), tag=kind)
+
+    def _group(self, kind: int) -> Any:
+        if self._groups is None:
+            raise PipelineRankError("The connection to the other ranks was closed after an error.")
+        return self._groups[0 if kind == _CONTROL else 1]
+
+    @contextmanager
+    def _patience(self, whom: str) -> Iterator[None]:
+        try:
+            yield
+        except PipelineRankError:
+            raise
+        except RuntimeError as error:  # what torch.distributed raises for timeouts and closed connections
+            raise PipelineRankError(
+                f"Rank {self.rank} waited for {whom}, which failed or did not answer within "
+                f"{self.timeout.total_seconds():g} s: {error}"
+            ) from error
+
+
+_connected: dict[tuple[int, timedelta], tuple[Any, Any]] = {}
+
+
+def place_of_stage(stages: int, rank: int | None = None, size: int | None = None) -> tuple[int, int, int | None]:
+    """Return rank, number of ranks, and the stage that the rank has, by default of this process.
+
+    Raises:
+        ValueError: if there are neither as many ranks as stages, nor one more.
+    """
+    rank = dist.get_rank() if rank is None else rank
+    size = dist.get_world_size() if size is None else size
+    if size not in (stages, stages + 1):
+        raise ValueError(
+            f"`schedule='dist'` with {stages} stages needs {stages} ranks, or {stages + 1} to give the draft module "
+            f"its own; there are {size}. (To decode other prompts on each rank, pass `schedule='serial'`.)"
+        )
+    if rank:
+        return rank, size, rank - 1
+    return rank, size, None if size == stages + 1 else stages - 1
