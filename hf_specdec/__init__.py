@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .generation.slim_drafter import ViaSDQualityError
     from .generation.spd import SPDConfig
     from .generation.specbound import SpecBoundConfig
+    from .generation.stage_loading import load_stage
     from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
     from .generation.vegas import VegasConfig
     from .generation.via_sd import ViaSDConfig
@@ -50,6 +51,7 @@ _EXPORTS = {
     "decoding_loop": "integration",
     "install": "integration",
     "load_draft": "generation.draft_model",
+    "load_stage": "generation.stage_loading",
     "on_speculation": "generation.stats",
     "save_strategy": "hub",
     "uninstall": "integration",
@@ -74,6 +76,7 @@ __all__ = [
     "decoding_loop",
     "install",
     "load_draft",
+    "load_stage",
     "on_speculation",
     "save_strategy",
     "uninstall",

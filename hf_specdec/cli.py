@@ -25,6 +25,7 @@ from .console import (
     write_json,
 )
 from .training import commands as training
+from .training.evaluate import evaluate_command
 
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.add_typer(training.app, name="train")
 app.add_typer(calibration.app, name="calibrate")
-app.command("evaluate")(training.evaluate_command)
+app.command("evaluate")(evaluate_command)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from ..console import (
     numbers,
     progress_bar,
     read_prompts,
+    write_json,
 )
 
 
@@ -136,6 +137,58 @@ def calibrate_specbound_command(
     if save is not None:
         write_config(save, chosen)
         console.print(f"saved to {save}")
+
+
+@app.command("spd")
+def calibrate_spd_command(
+    adapter: Annotated[str, typer.Option(help="Folder or Hub name of a trained draft module.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL of prompts.")],
+    limit: Annotated[int, typer.Option(help="Prompts used, spread over the file; 0 for all.")] = 0,
+    new_tokens: NewTokens = 128,
+    temperatures: Annotated[str, typer.Option(help="Separated by commas; 0 is greedy.")] = "0,1",
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Count the ticks that SPD takes on prompts, and the speed-up that they allow; nothing is timed."""
+    import torch
+
+    from ..generation.spd import SPDConfig
+    from ..training.commands import floats
+    from .texts import chat_ids
+    from .ticks import count_ticks
+
+    chosen = floats(temperatures, "--temperatures")
+    texts = read_prompts(prompts, limit)
+    loaded, tokenizer = load_model(model, dtype, device)
+    rows = [torch.tensor([chat_ids(tokenizer, turns)], device=loaded.device) for turns in texts]
+    config, found = SPDConfig(adapter=adapter, schedule="serial"), []
+    with progress_bar() as progress:
+        task = progress.add_task("counting", total=len(rows) * len(chosen))
+        for temperature in chosen:
+            report = count_ticks(
+                loaded,
+                rows,
+                config,
+                temperature=temperature,
+                max_new_tokens=new_tokens,
+                seed=seed,
+                progress=advancing(progress, task),
+            )
+            found.append(report.figures())
+    table = Table(title=f"{len(rows)} prompts, at most {new_tokens} new tokens; speed-up n N / K, nothing timed")
+    for heading in ("temperature", "n", "accepted", "after a rejection", "tokens/tick", "mean", "pooled"):
+        table.add_column(heading, justify="right")
+    for row in found:
+        cells = ("acceptance", "tokens_per_tick", "theoretical_mean", "theoretical_pooled")
+        accepted, *others = (f"{row[name]:.2f}" for name in cells)
+        first = f"{row['acceptance_per_fill'].get('1', 0):.2f}"
+        table.add_row(f"{row['temperature']:g}", str(row["num_stages"]), accepted, first, *others)
+    console.print(table)
+    if json_out is not None:
+        write_json(json_out, found)
 
 
 @app.command("via_sd")

@@ -24,7 +24,7 @@ class StageCache(SpeculativeCache):
     """
 
     def __init__(self, whole: SpeculativeCache, begin: int, end: int) -> None:
-        Cache.__init__(self, layers=whole.layers)
+        Cache.__init__(self, layers=[*whole.layers])
         self.rows, self.step, self.exact_slices = whole.rows, None, False
         self.own = whole.layers[begin:end]
 

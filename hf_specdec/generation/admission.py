@@ -230,7 +230,7 @@ def check_partial(past: Any, generation_config: GenerationConfig, batch: int) ->
     """Raise `ValueError` for what only a process that runs all layers can honour."""
     if getattr(past, "_is_user_defined", False) or (past is not None and past.get_seq_length()):
         raise ValueError(
-            "`past_key_values` can't be used where the model's layers lie on several ranks: no rank holds a whole cache."
+            "`past_key_values` can't be used where the model's layers lie on several ranks: none holds a whole cache."
         )
     scores = [name for name in ("output_scores", "output_logits") if getattr(generation_config, name, False)]
     if scores and batch > 1:

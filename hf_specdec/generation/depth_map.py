@@ -18,7 +18,7 @@ class DepthMap:
         layers (`int`): decoder layers of the model.
         num_stages (`int`): n.
         stage_layers (`list[int]`, *optional*): layers of each stage; equally many by default.
-        feature_layers (`list[int]`, *optional*): B, the hidden states that the draft module reads, ascending from 0 and
+        feature_layers (`list[int]`, *optional*): B, hidden states that the draft module reads, ascending from 0 and
             below the model's depth. By default every stage boundary for up to 4 stages, and quarters of the depth
             for more.
 

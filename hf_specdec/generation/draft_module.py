@@ -39,12 +39,14 @@ class PipelineDraftModule(nn.Module):
     """The draft module of one model. Its norm is the model's, by reference.
 
     Args:
-        model (`PreTrainedModel`): a causal language model; it stays as it is. Layers that it does not hold (on the meta
+        model (`PreTrainedModel`): a causal language model; it stays as it is. Layers that it lacks (on the meta
             device) may serve as templates.
         depths (`DepthMap`): stages and features.
         templates (`list[int]`): the model's layers that the module's own are copies of, at first.
         vocabulary (`torch.Tensor` of shape `[V_d]`, int64, *optional*): ids that can be guessed; `None` for all.
         span (`int`, *optional*): tokens back that its attention reads: what it was trained on.
+        family (`str`, *optional*): model type whose decoder layers it has, if not the model's own: `"qwen3"`, for
+            checkpoints of the reference implementation. Templates then only say whose arguments they get.
         record (`dict`, *optional*): what is known of it, such as how it was trained.
     """
 
@@ -57,6 +59,7 @@ class PipelineDraftModule(nn.Module):
         templates: Sequence[int],
         vocabulary: torch.Tensor | None = None,
         span: int | None = None,
+        family: str | None = None,
         record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -65,10 +68,14 @@ class PipelineDraftModule(nn.Module):
             raise ValueError(f"`templates` must be layers below {len(whole)}, got {list(templates)}.")
         self.width, width = head.weight.shape
         self.depths, self.templates, self.span, self.record = depths, list(templates), span, record or {}
+        self.family = family
         self.config = model.config  # like a model, so that its attention can be switched like a model's
         self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
         self.feature_proj = nn.ModuleList(_fusing(kind, width) for kind in range(len(depths.features)))
-        self.layers = nn.ModuleList(copy.deepcopy(whole[index]) for index in templates)
+        if family is None:
+            self.layers = nn.ModuleList(copy.deepcopy(whole[index]) for index in templates)
+        else:
+            self.layers = nn.ModuleList(_foreign_layer(model, family) for _ in templates)
         for place, layer in enumerate(self.layers):
             place_layer(layer, place)
         rows = head.weight if self.reduced is None else self.reduced.weight
@@ -99,6 +106,10 @@ class PipelineDraftModule(nn.Module):
         """Return logits `[..., V]` of all words for logits `[..., V_d]`."""
         return logits if self.reduced is None else self.reduced.scatter(logits)
 
+    def can_guess(self, token: torch.Tensor) -> bool:
+        """Return whether a token `[1, 1]` is in the draft vocabulary."""
+        return self.reduced is None or bool(torch.isin(token.to(self.reduced.ids.device), self.reduced.ids))
+
     def reader(self, model: PreTrainedModel, capacity: int) -> DraftReader:
         """Return what follows one text, of at most `capacity` tokens; our attention must be active in `model`."""
         return DraftReader(self, Layerwise(model), capacity)
@@ -122,9 +133,25 @@ class PipelineDraftModule(nn.Module):
             "feature_layers": self.depths.features,
             "templates": self.templates,
             "train_span": self.span,
+            "family": self.family,
             "model": describe(model),
         }
         write_adapter(folder, config, {**record, **notes}, tensors)
+
+
+def _foreign_layer(model: PreTrainedModel, family: str) -> nn.Module:
+    """Return a new decoder layer of another family, of the model's sizes."""
+    if family != "qwen3":
+        raise ValueError(f"`family` must be None or 'qwen3', got {family!r}.")
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3DecoderLayer
+
+    own: Any = model.config.get_text_config(decoder=True)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    sizes = {name: getattr(own, name) for name in names}
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    config = Qwen3Config(**sizes, head_dim=head_dim, num_hidden_layers=1)
+    _compat.set_attention_name(config, _compat.attention_name(own))
+    return Qwen3DecoderLayer(config, 0)
 
 
 def _fusing(kind: int, width: int) -> nn.Linear:
@@ -224,7 +251,8 @@ def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraf
         record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {str(adapter.folder)!r}"
         depths = _depths(model, record, adapter.folder)
         ids = tensors.pop("draft_token_ids", None)
-        module = PipelineDraftModule(model, depths, record["templates"], ids, record.get("train_span"), record)
+        span, family = record.get("train_span"), record.get("family")
+        module = PipelineDraftModule(model, depths, record["templates"], ids, span, family, record)
         expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
         if {name: tuple(value.shape) for name, value in tensors.items()} != expected:
             raise ValueError(f"{where} does not hold the tensors of a draft module with features {depths.features}.")

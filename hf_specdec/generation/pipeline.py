@@ -1,4 +1,4 @@
-"""The target as a pipeline: `Stage` runs a part of the layers on one token, `Pipeline` moves tokens from stage to stage.
+"""The target as a pipeline: `Stage` runs some layers on one token, `Pipeline` moves tokens from stage to stage.
 
 In one tick every stage runs the token that it was handed in the tick before, and the draft module guesses the next one
 meanwhile. What runs a tick's jobs is the *schedule*: one after the other, or each in a thread of its own. (Stages on
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..cache.stage import StageCache
@@ -132,7 +132,7 @@ class Pipeline:
     def tick(self, draft: Job | None) -> Tick:
         """Run every stage that has a token, and `draft`, which may run at the same time."""
         busy = [(stage, parcel) for stage, parcel in zip(self.stages, self.waiting, strict=True) if parcel is not None]
-        jobs: list[Job] = [lambda stage=stage, parcel=parcel: stage.run(parcel) for stage, parcel in busy]
+        jobs: list[Job] = [partial(stage.run, parcel) for stage, parcel in busy]
         guess, *outputs = self.run_all([draft or (lambda: None), *jobs])
         features: list[Features] = [{} for _ in self.stages]
         waiting: list[Parcel | None] = [None] * (len(self.stages) + 1)

@@ -298,9 +298,7 @@ class _Worker:
                 step = Step([position], 1, device)
                 ids = torch.tensor([[token]], device=device)
                 last = place.runner.last_position
-                recording = record_token(
-                    place.parts, {"input_ids": ids}, stage.cache, step, last, specdec_step=step
-                )
+                recording = record_token(place.parts, {"input_ids": ids}, stage.cache, step, last, specdec_step=step)
                 parcel = Parcel(recording.hidden, step, recording)
             else:
                 parcel = place.parcel(cast(torch.Tensor, inbound), position)

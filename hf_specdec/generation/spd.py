@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ class _Flying:
         token (`torch.Tensor` of shape `[1, 1]`, int64): its id.
         law (`torch.Tensor` of shape `[1, V]`, float32, *optional*): that it was drawn from.
         features (`Features`): what the draft module may read of it.
+        fill (`int`): tokens that were in flight when it was drafted.
         depth (`int`): stages that it has passed.
     """
 
@@ -135,6 +137,7 @@ class _Flying:
     token: torch.Tensor
     law: torch.Tensor | None
     features: Features
+    fill: int
     depth: int = 0
 
 
@@ -158,7 +161,9 @@ class SPDStrategy(SpeculationStrategy):
         super().__init__(config, assistant_model)
         self.flying: list[_Flying] = []  # oldest first
         self.finished: list[Features] = []  # of tokens that have passed all stages and are not in the module's cache
-        self.rows = self.ticks = self.rejections = self.emitted = 0
+        self.rows = self.ticks = self.rejections = self.outside = self.emitted = 0
+        self.judged: Counter[int] = Counter()  # drafts by how many tokens were in flight before them
+        self.accepted: Counter[int] = Counter()
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Load the draft module, and check the stages against the model's layers and the adapter's."""
@@ -296,10 +301,13 @@ class SPDStrategy(SpeculationStrategy):
         if not self.flying:
             token, judged, accepted = state.choose(scores[:, -1])[0][:, None], 0, 0
         else:
-            token, accepted = self._judge(state, scores, self.flying[0])
-            judged = 1
+            draft, judged = self.flying[0], 1
+            token, accepted = self._judge(state, scores, draft)
+            self.judged[draft.fill] += 1
+            self.accepted[draft.fill] += accepted
             if not accepted:
                 self.rejections += 1
+                self.outside += not self.module.can_guess(token)
                 self.flying = []
                 self.pipeline.rewind(oldest.position + 1)
         self.emitted += 1
@@ -329,7 +337,7 @@ class SPDStrategy(SpeculationStrategy):
 
     def _enter(self, token: torch.Tensor, position: int, law: torch.Tensor | None) -> None:
         features = {0: self.pipeline.enter(token, position)}
-        self.flying.append(_Flying(position, token, law, features))
+        self.flying.append(_Flying(position, token, law, features, len(self.flying)))
 
     def _report(self, state: DecodingState) -> None:
         # the prefill's token counts for the paper, which gives the time of the prefill to neither side
@@ -338,6 +346,9 @@ class SPDStrategy(SpeculationStrategy):
             num_stages=self.depths.stages,
             ticks=self.ticks,
             rejections=self.rejections,
+            rejections_outside_vocabulary=self.outside,
+            judged_per_fill={str(fill): count for fill, count in sorted(self.judged.items())},
+            accepted_per_fill={str(fill): self.accepted[fill] for fill in sorted(self.judged)},
             theoretical_speedup=self.depths.stages * tokens / self.ticks,
         )
 

@@ -1,17 +1,15 @@
-"""The commands `hf-specdec train ...` and `hf-specdec evaluate`."""
+"""The commands `hf-specdec train ...`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from ..console import Device, Dtype, Model, console, load_assistant, load_model, progress_bar, write_json
+from ..console import Device, Dtype, Model, console, load_assistant, load_model, progress_bar
 
 
 if TYPE_CHECKING:
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .data import Text
-    from .tasks import Score
 
 app = typer.Typer(help="Train what a strategy needs to have learned.", no_args_is_help=True, add_completion=False)
 
@@ -59,10 +56,10 @@ def train_text(
     from ..bench.texts import chat_ids, load_prompts
     from .data import save_texts, write_texts
 
-    chosen = _floats(temperatures, "--temperatures")
+    chosen = floats(temperatures, "--temperatures")
     loaded, tokenizer = load_model(model, dtype, device)
     ids = [chat_ids(tokenizer, turns) for turns in load_prompts(prompts)]
-    with _bar("writing", len(ids)) as advance:
+    with bar("writing", len(ids)) as advance:
         texts = write_texts(
             loaded,
             ids,
@@ -98,7 +95,7 @@ def train_draft_command(
     from .draft import DraftTraining, train_draft
 
     settings = DraftTraining(
-        layers=tuple(int(part) for part in _floats(layers, "--layers")),
+        layers=tuple(int(part) for part in floats(layers, "--layers")),
         vocabulary_size=vocabulary or None,
         steps=steps,
         minutes=minutes or None,
@@ -137,7 +134,7 @@ def train_specbound_command(
     from .specbound import ExitTraining, train_exit_heads
 
     settings = ExitTraining(
-        layers=tuple(int(part) for part in _floats(layers, "--layers")),
+        layers=tuple(int(part) for part in floats(layers, "--layers")),
         kind=kind,
         rank=rank or None,
         vocabulary_size=vocabulary or None,
@@ -196,6 +193,74 @@ def train_slim_command(
     console.print(f"written to {out}")
 
 
+@app.command("spd")
+def train_module_command(
+    data: Data,
+    out: Out,
+    stages: Annotated[int, typer.Option(help="Pipeline stages, n.")],
+    stage_layers: Annotated[str, typer.Option(help="Layers of each stage, by commas; equal by default.")] = "",
+    feature_layers: Annotated[str, typer.Option(help="Hidden states that it reads, by commas: 0,6,18,29.")] = "",
+    draft_layers: Annotated[int, typer.Option(help="Decoder layers of the module.")] = 2,
+    templates: Annotated[str, typer.Option(help="Layers that these begin as copies of, by commas.")] = "",
+    layout: Annotated[str, typer.Option(help="exact or shared; by default exact for up to 8 stages.")] = "",
+    max_length: Annotated[int, typer.Option(help="Longer texts are cut; the module looks that far back.")] = 512,
+    vocabulary: Vocabulary = 8192,
+    steps: Steps = 20000,
+    minutes: Minutes = 0,
+    batch_tokens: BatchTokens = 2048,
+    learning_rate: Rate = 1e-3,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    exclude: Exclude = None,
+    resume: Resume = False,
+    seed: Seed = 0,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Train SPD's draft module on text that the model wrote; the model itself stays as it is."""
+    from .spd import ModuleTraining, train_draft_module
+
+    settings = ModuleTraining(
+        num_stages=stages,
+        stage_layers=_layers(stage_layers, "--stage-layers"),
+        feature_layers=_layers(feature_layers, "--feature-layers"),
+        num_draft_layers=draft_layers,
+        templates=_layers(templates, "--templates"),
+        layout=layout or None,
+        max_length=max_length,
+        vocabulary_size=vocabulary or None,
+        steps=steps,
+        minutes=minutes or None,
+        batch_tokens=batch_tokens,
+        learning_rate=learning_rate,
+        save_every=save_every,
+        seed=seed,
+    )
+    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
+    with _distilling(steps) as report:
+        train_draft_module(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
+    console.print(f"written to {out}")
+
+
+@app.command("convert-spd")
+def convert_module_command(
+    checkpoint: Annotated[Path, typer.Option(help="A .pt file of the reference implementation, version 11.")],
+    out: Out,
+    model: Model = "",
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+) -> None:
+    """Convert a draft module that the reference implementation of SPD has trained."""
+    from .convert_spd import convert_reference
+
+    convert_reference(checkpoint, load_model(model, dtype, device)[0], out)
+    console.print(f"written to {out}")
+
+
+def _layers(text: str, option: str) -> tuple[int, ...] | None:
+    return tuple(int(part) for part in floats(text, option)) if text else None
+
+
 @app.command("diversed")
 def train_diversed_command(
     items: Annotated[Path, typer.Option(help="JSONL of tasks: question, and what the reward needs.")],
@@ -222,7 +287,7 @@ def train_diversed_command(
     from .tasks import Sampling, load_items
 
     settings = DiversedTraining(
-        accept_coefs=tuple(_floats(accept_coefs, "--accept-coefs")),
+        accept_coefs=tuple(floats(accept_coefs, "--accept-coefs")),
         updates=updates,
         prompts_per_update=prompts_per_update,
         samples=samples,
@@ -234,7 +299,7 @@ def train_diversed_command(
     function, tasks = resolve_reward(reward), load_items(items)
     loaded, tokenizer = load_model(model, dtype, device)
     draft = load_assistant(loaded, assistant, dtype, device)
-    with _bar("training", updates * len(settings.accept_coefs)) as advance:
+    with bar("training", updates * len(settings.accept_coefs)) as advance:
 
         def report(figures: dict[str, Any]) -> None:
             if "held_out" not in figures:
@@ -249,75 +314,6 @@ def train_diversed_command(
 
         train_diversed(loaded, draft, tokenizer, tasks, function, out, settings, resume=resume, report=report)
     console.print(f"written to {out}")
-
-
-def evaluate_command(
-    items: Annotated[Path, typer.Option(help="JSONL of tasks: question, and what the reward needs.")],
-    strategies: Annotated[
-        str, typer.Option(help="Arms, separated by spaces; NAME@field=value,... sets fields, `default` is stock.")
-    ] = "plain assisted diversed@weight=0.75",
-    assistant: Assistant = "",
-    reward: Rewarding = "numeric",
-    limit: Annotated[int, typer.Option(help="Items used; 0 for all.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 16,
-    temperature: Temperature = 1.0,
-    new_tokens: NewTokens = 64,
-    seed: Seed = 0,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
-) -> None:
-    """Score strategies on a task: reward with its 95 % interval, acceptance, tokens per forward, time."""
-    from ..bench.run import make_arm
-    from .rewards import resolve_reward
-    from .tasks import Sampling, evaluate, load_items
-
-    function, tasks = resolve_reward(reward), load_items(items)
-    tasks = tasks[:limit] if limit else tasks
-    sampling = Sampling(temperature=temperature, max_new_tokens=new_tokens)
-    loaded, tokenizer = load_model(model, dtype, device)
-    draft = load_assistant(loaded, assistant, dtype, device) if assistant else None
-    arms = [make_arm(name, draft) for name in strategies.split()]
-    scores: list[Score] = []
-    with _bar("evaluating", len(arms) * len(tasks)) as advance:
-        for arm in arms:
-            scores.append(
-                evaluate(
-                    arm.name,
-                    loaded,
-                    tokenizer,
-                    tasks,
-                    function,
-                    sampling,
-                    arm.options,
-                    batch_size=batch_size,
-                    seed=seed,
-                    progress=advance,
-                )
-            )
-    console.print(_score_table(scores, f"{len(tasks)} items, temperature {temperature}, batches of {batch_size}"))
-    if json_out is not None:
-        write_json(json_out, [asdict(score) for score in scores])
-
-
-def _score_table(scores: Sequence[Score], title: str) -> Table:
-    table = Table(title=title)
-    for heading in ("decoding", "reward", "95 %", "accepted", "tokens/forward", "ms/token", "mean w", "mean (1-w)TV"):
-        table.add_column(heading, justify="left" if heading == "decoding" else "right")
-    for score in scores:
-        method = score.method
-        table.add_row(
-            score.name,
-            f"{score.reward:.3f}",
-            f"{score.low:.3f}-{score.high:.3f}",
-            f"{score.acceptance:.2f}" if score.acceptance else "",
-            f"{score.tokens_per_forward:.2f}",
-            f"{score.ms_per_token:.1f}",
-            f"{method['mean_weight']:.2f}" if "mean_weight" in method else "",
-            f"{method['mean_bias']:.3f}" if "mean_bias" in method else "",
-        )
-    return table
 
 
 def model_and_texts(
@@ -340,7 +336,7 @@ def model_and_texts(
 @contextmanager
 def _distilling(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Show the progress of a distillation; yields what it reports to."""
-    with _bar("training", steps) as advance:
+    with bar("training", steps) as advance:
 
         def report(figures: dict[str, Any]) -> None:
             if "loss" in figures:
@@ -352,14 +348,15 @@ def _distilling(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar; yields a function that advances it."""
     with progress_bar() as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
 
-def _floats(text: str, option: str) -> list[float]:
+def floats(text: str, option: str) -> list[float]:
+    """Return the numbers that an option lists, separated by commas."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

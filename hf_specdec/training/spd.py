@@ -143,10 +143,12 @@ class Student(nn.Module):
     Its layers attend through `scaled_dot_product_attention`, or eagerly where a family needs what that lacks.
     """
 
+    parts: Layerwise
+
     def __init__(self, target: PreTrainedModel, module: PipelineDraftModule) -> None:
         super().__init__()
         self.module = module
-        self.__dict__["parts"] = Layerwise(target)
+        self.__dict__.update(parts=Layerwise(target))  # no submodule: the target is not trained
         config = target.config.get_text_config(decoder=True)
         special = getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss"
         self.implementation = "eager" if special else "sdpa"
@@ -162,9 +164,7 @@ class Student(nn.Module):
             mask = torch.zeros_like(mask, dtype=sample.dtype).masked_fill(~mask, torch.finfo(sample.dtype).min)
         positions = torch.arange(width, device=sample.device).repeat(1, len(layout.blocks))
         rows = sample.new_zeros(1, positions.shape[1], sample.shape[-1])
-        recording = self.parts.record(
-            inputs_embeds=rows, position_ids=positions, attention_mask=mask, use_cache=False
-        )
+        recording = self.parts.record(inputs_embeds=rows, position_ids=positions, attention_mask=mask, use_cache=False)
         return [recording.calls[index] for index in self.module.templates]
 
     def forward(self, features: Features, layout: Layout, calls: list[LayerCall]) -> torch.Tensor:
@@ -194,19 +194,19 @@ class _ModuleRun(Distillation):
         spread = torch.linspace(layers // 2, layers - 1, settings.num_draft_layers + 1)[1:].round().long().tolist()
         templates = settings.templates or spread
         self.module = PipelineDraftModule(target, depths, templates, self.vocabulary, settings.max_length)
-        self.student = self.adopt(Student(target, self.module), dict(self.module.named_parameters()))
+        self.undistributed = Student(target, self.module)
+        self.student = self.adopt(self.undistributed, dict(self.module.named_parameters()))
         self.parts = Layerwise(target)
         self.whole = self.parts.tail()
 
     def _logits(self, states: list[torch.Tensor], fill: int) -> torch.Tensor:
         """Return the module's logits `[b, T, V_d]` for the target's states `[b, T, H]`."""
         layout, width = Layout(self.depths, self.kind, fill), states[0].shape[1]
-        plain = getattr(self.student, "module", self.student)  # without what distributes it
-        plain = plain if isinstance(plain, Student) else self.student
         sample = states[0].to(self.target.dtype)
-        features = {index: state.to(self.target.dtype) for index, state in zip(self.depths.features, states)}
+        read = {index: state.to(sample.dtype) for index, state in zip(self.depths.features, states, strict=True)}
         with torch.autocast(sample.device.type, torch.bfloat16):
-            return self.student(features, layout, plain.calls(layout, width, sample))
+            logits: torch.Tensor = self.student(read, layout, self.undistributed.calls(layout, width, sample))
+        return logits
 
     def fill(self) -> int:
         """Return this step's F, the same on all processes: n half of the time, otherwise less."""
