@@ -32,6 +32,11 @@ def attention_can_be_replaced(model: PreTrainedModel) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
+def is_tensor_parallel(model: PreTrainedModel) -> bool:
+    """Whether `model` was loaded with a `tp_plan`, so that this process holds a share of each layer."""
+    return bool(getattr(model, "_tp_size", None))  # private in 5.17 to 5.23; the public `tp_size` is a copy of it
+
+
 def cached_mask_length(generation_config: GenerationConfig) -> int | None:
     """Return the columns of an all-ones attention mask that `generate` dropped, `None` where it was not recorded."""
     return getattr(generation_config, "_mask_length", None)  # recorded by releases that slice a second turn by it

@@ -42,7 +42,8 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     end, found = time.monotonic() + LIMIT, []
     for pipe, process in zip(pipes, processes, strict=True):
         try:
-            found.append(_read(pipe.recv_bytes()) if pipe.poll(max(0.0, end - time.monotonic())) else TimeoutError(f"{LIMIT} s"))
+            answered = pipe.poll(max(0.0, end - time.monotonic()))
+            found.append(_read(pipe.recv_bytes()) if answered else TimeoutError(f"no answer within {LIMIT} s"))
         except EOFError:
             found.append(Died())
         process.join(5)

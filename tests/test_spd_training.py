@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 
 import pytest
 import torch
-from families import build
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_spd import UNEVEN, Module, prompt, raw_states, spd, stock, target, twin
 from test_spd import ids_of as words_in
+from test_spd_adapter import QUICK, small, texts
 
-from hf_specdec import SpeculationConfig, SPDConfig, unload
 from hf_specdec.generation.depth_map import DepthMap
-from hf_specdec.generation.draft_module import load_draft_module
 from hf_specdec.training import spd as training
-from hf_specdec.training.data import Text
 from hf_specdec.training.spd import Layout, ModuleTraining, Student, train_draft_module
 
 
@@ -86,7 +81,7 @@ def check_call(model, module, call, text, first=0):
 @pytest.mark.parametrize("length, span, name", [(1, None, "llama"), (9, 6, "llama"), (5, None, "qwen3")])
 def test_guesses_equal_a_forward_from_scratch(cut, length, span, name):
     """At every tick: raw states, no deeper than the token has come, at true positions, and nothing stale."""
-    model, ids, new = target(name), prompt(length), 9
+    model, ids, new = target(name), prompt(length), 11
     module = random_module(model, cut, span=span)
     out = spd(model, module, ids, new)
     text = out.sequences[0].tolist()
@@ -146,8 +141,8 @@ def test_every_weight_of_the_module_matters():
             if own == name:
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
                 parameter.data += (0.3 * parameter.std() + 0.1) * noise
-        out = spd(model, module, ids, 12)
-        assert torch.equal(out.sequences, stock(model, ids, 12))
+        out = spd(model, module, ids, 8)
+        assert torch.equal(out.sequences, stock(model, ids, 8))
         seen[name] = [call[3] for call in module.calls]
     base = seen.pop("")
     assert len(seen) > 20
@@ -210,68 +205,52 @@ def test_the_shared_layout_has_fewer_rows_and_the_rule_of_its_types():
 # training
 
 
-SMALL = {"num_hidden_layers": 4, "vocab_size": 48, "initializer_range": 0.3}
-
-
-@pytest.fixture(scope="module")
-def small():
-    return build("Llama", seed=3, **SMALL).float()
-
-
-@pytest.fixture(scope="module")
-def texts(small):
-    found = [Text(stock(small, prompt(4, seed=seed, vocab=48), 20)[0], 4) for seed in range(5)]
-    return [found[0], *found]  # the first one is held out, and trained on
-
-
-QUICK = {"num_stages": 4, "num_draft_layers": 1, "vocabulary_size": None, "batch_tokens": 60, "learning_rate": 3e-3}
-
-
-def test_what_is_learned_by_heart_is_served(small, texts, tmp_path):
-    before = {name: value.clone() for name, value in small.state_dict().items()}
+def test_what_is_learned_by_heart_is_served(tmp_path):
+    before = {name: value.clone() for name, value in small().state_dict().items()}
     losses = []
-    settings = ModuleTraining(**{**QUICK, "num_draft_layers": 2, "batch_tokens": 200}, steps=350, save_every=1000)
+    change = {"num_draft_layers": 2, "batch_tokens": 200, "learning_rate": 1e-2}
+    settings = ModuleTraining(**{**QUICK, **change}, steps=300, save_every=1000)
     figures = train_draft_module(
-        small, texts, tmp_path, settings, report=lambda found: losses.append(found.get("loss", 0.0))
+        small(), texts(), tmp_path, settings, report=lambda found: losses.append(found.get("loss", 0.0))
     )
-    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in small().state_dict().items())
     assert sum(losses[-20:]) < 0.1 * sum(losses[:20])
-    assert figures["agreement"] > 0.95 and figures["after_rejection"]["agreement"] > 0.95
+    assert figures["agreement"] >= 0.95 and figures["after_rejection"]["agreement"] >= 0.85
     judged = accepted = ticks = tokens = 0
     options = {"assistant_strategy": str(tmp_path), "return_dict_in_generate": True, "max_new_tokens": 20}
-    for text in texts[1:]:
-        out = small.generate(text.ids[None, :4], do_sample=False, **options)
+    for text in texts()[1:]:
+        out = small().generate(text.ids[None, :4], do_sample=False, **options)
         assert torch.equal(out.sequences[0], text.ids)
         judged += out.speculation.num_draft_tokens
         accepted += out.speculation.num_accepted_tokens
         ticks += out.speculation.method["ticks"]
         tokens += 20
     assert accepted / judged > 0.95
-    assert 4 * tokens / ticks > 3.2  # of at most 4 * 20 / 22
+    assert 4 * tokens / ticks > 3.2  # with right guesses alone it were 4 * 20 / 22
 
 
-def test_a_resumed_run_ends_where_the_whole_one_does(small, texts, tmp_path):
+def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path):
     settings = ModuleTraining(**QUICK, steps=24, save_every=8)
-    train_draft_module(small, texts, tmp_path / "whole", settings)
+    train_draft_module(small(), texts(), tmp_path / "whole", settings)
 
     def stop(figures):
         if figures["step"] == 12 and "loss" in figures:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_draft_module(small, texts, tmp_path / "part", settings, report=stop)
-    train_draft_module(small, texts, tmp_path / "part", settings, resume=True)
+        train_draft_module(small(), texts(), tmp_path / "part", settings, report=stop)
+    train_draft_module(small(), texts(), tmp_path / "part", settings, resume=True)
     whole, part = (load_file(tmp_path / name / "specdec_adapter.safetensors") for name in ("whole", "part"))
     for name, value in whole.items():
         torch.testing.assert_close(part[name].float(), value.float(), atol=2e-3, rtol=1e-2)
     with pytest.raises(ValueError, match="other settings"):
         other = ModuleTraining(**{**QUICK, "num_stages": 2}, steps=24, save_every=8)
-        train_draft_module(small, texts, tmp_path / "part", other, resume=True)
+        train_draft_module(small(), texts(), tmp_path / "part", other, resume=True)
     with pytest.raises(FileNotFoundError):
-        train_draft_module(small, texts, tmp_path / "none", settings, resume=True)
+        train_draft_module(small(), texts(), tmp_path / "none", settings, resume=True)
 
 
-def test_half_of_the_steps_simulate_a_pipeline_that_fills_up(small, texts, tmp_path, monkeypatch):
+def test_half_of_the_steps_simulate_a_pipeline_that_fills_up(tmp_path, monkeypatch):
     fills = []
 
     def layout(depths, kind, fill):
@@ -279,7 +258,7 @@ def test_half_of_the_steps_simulate_a_pipeline_that_fills_up(small, texts, tmp_p
         return Layout(depths, kind, fill)
 
     monkeypatch.setattr(training, "Layout", layout)
-    train_draft_module(small, texts, tmp_path, ModuleTraining(**QUICK, steps=60, save_every=1000))
+    train_draft_module(small(), texts(), tmp_path, ModuleTraining(**QUICK, steps=60, save_every=1000))
     steps = fills[:60]
     assert {kind for kind, _ in steps} == {"exact"}
     counts = [sum(fill == wanted for _, fill in steps) for wanted in range(1, 5)]
@@ -301,118 +280,7 @@ def test_half_of_the_steps_simulate_a_pipeline_that_fills_up(small, texts, tmp_p
     ],
     ids=str,
 )
-def test_training_settings_out_of_range_are_refused(small, texts, tmp_path, change, message):
+def test_training_settings_out_of_range_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        train_draft_module(small, texts, tmp_path, ModuleTraining(**{**QUICK, "steps": 2, **change}))
+        train_draft_module(small(), texts(), tmp_path, ModuleTraining(**{**QUICK, "steps": 2, **change}))
     assert not list(tmp_path.iterdir())
-
-
-# files
-
-
-@pytest.fixture(scope="module")
-def folder(small, texts, tmp_path_factory):
-    path = tmp_path_factory.mktemp("module")
-    small.generation_config.eos_token_id = [1, 2]
-    settings = ModuleTraining(**{**QUICK, "vocabulary_size": 20}, steps=3, stage_layers=(1, 1, 1, 1), max_length=18)
-    train_draft_module(small, texts, path, settings, notes={"data": "five texts"})
-    small.generation_config.eos_token_id = None
-    return path
-
-
-def test_a_module_survives_its_folder(small, texts, folder, tmp_path):
-    config = json.loads((folder / "specdec_config.json").read_text())
-    tensors = load_file(folder / "specdec_adapter.safetensors")
-    record, ids = config["adapter"], tensors["draft_token_ids"]
-    assert config["strategy"] == "spd"
-    wanted = {"num_stages": 4, "stage_layers": [1, 1, 1, 1], "feature_layers": [0, 1, 2, 3], "architecture": "v11"}
-    assert wanted.items() <= record.items()
-    assert (record["train_span"], record["train_layout"], record["data"]) == (18, "exact", "five texts")
-    assert len(ids) == 20 and ids.tolist() == sorted({*ids.tolist()}) and {1, 2} <= {*ids.tolist()}
-    # neither the embedding nor the norm nor the model's own head
-    assert {name.split(".")[0] for name in tensors} == {"feature_proj", "layers", "lm_head", "draft_token_ids"}
-    assert tensors["feature_proj.3.weight"].shape == (32, 4 * 32) and tensors["lm_head.weight"].shape == (20, 32)
-    module = load_draft_module(small, str(folder))
-    assert module.span == 18 and not module.training
-    assert type(SpeculationConfig.from_pretrained(folder)) is SPDConfig
-    module.save(tmp_path, SPDConfig(), small)
-    unload(small)
-    again = load_draft_module(small, str(tmp_path))
-    assert again is not module and again.depths.bounds == module.depths.bounds
-    for (name, a), (_, b) in zip(module.named_parameters(), again.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    options = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True}
-    ids = texts[2].ids[None, :4]
-    outs = [small.generate(ids, assistant_strategy=str(path), **options) for path in (folder, tmp_path)]
-    assert torch.equal(outs[0].sequences, stock(small, ids, 12))
-    assert outs[0].speculation.accept_lengths == outs[1].speculation.accept_lengths
-    assert outs[0].speculation.method["num_stages"] == 4
-
-
-def test_a_module_follows_its_model_to_another_type(small, texts, folder):
-    model, ids = copy.deepcopy(small), texts[2].ids[None, :4]
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        model.to(dtype)
-        options = {"do_sample": False, "max_new_tokens": 10}
-        expected = model.generate(ids, assistant_strategy="plain", **options)
-        assert torch.equal(model.generate(ids, assistant_strategy=str(folder), **options), expected)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"seed": 4}, "another `model` of the same shape"),
-        ({"num_hidden_layers": 8}, "num_hidden_layers 4.*8"),
-        ({"vocab_size": 50}, "vocab_size 48.*50"),
-        ({"prefix": "Qwen2"}, "model_type 'llama'.*'qwen2'"),
-    ],
-    ids=str,
-)
-def test_a_module_of_another_model_is_refused(folder, change, message):
-    change = {"prefix": "Llama", "seed": 3, **change}
-    model = build(change.pop("prefix"), seed=change.pop("seed"), **{**SMALL, **change}).float()
-    with pytest.raises(ValueError, match=message):
-        model.generate(prompt(4, vocab=40), assistant_strategy=str(folder), max_new_tokens=4)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"architecture": "v10"}, "architecture 'v10'.*v11"),
-        ({"kind": "exit_heads"}, "kind 'exit_heads'.*'draft_module'"),
-        ({"num_stages": 2}, "`stage_layers` must be 2 counts"),
-        ({"stage_layers": [1, 2, 1]}, "`stage_layers` must be 4 counts"),
-        ({"num_stages": 2, "stage_layers": [2, 2]}, "`feature_layers`"),
-        ({"feature_layers": [0, 1, 3]}, "does not hold the tensors"),
-        ({"templates": [9]}, "`templates` must be layers below 4"),
-        ({"templates": [1, 2]}, "does not hold the tensors"),
-        ({"stage_layers": None}, "record without stage_layers"),
-        ({"draft_token_ids": "descending"}, "ascending"),
-        ({"lm_head.weight": None}, "does not hold the tensors"),
-    ],
-    ids=str,
-)
-def test_a_record_that_does_not_fit_is_refused(small, folder, tmp_path, change, message):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(folder / "specdec_adapter.safetensors")
-    config = json.loads((tmp_path / "specdec_config.json").read_text())
-    for key, value in change.items():
-        if key == "draft_token_ids":
-            tensors[key] = tensors[key].flip(0).contiguous()
-        elif key in tensors:
-            del tensors[key]
-        elif value is None:
-            del config["adapter"][key]
-        else:
-            config["adapter"][key] = value
-    (tmp_path / "specdec_config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "specdec_adapter.safetensors")
-    with pytest.raises(ValueError, match=message):
-        small.generate(prompt(4, vocab=40), assistant_strategy=str(tmp_path), max_new_tokens=4)
-
-
-def test_the_stages_of_an_adapter_are_its_own(small, folder):
-    for change in ({"num_stages": 2}, {"stage_layers": [2, 1, 1]}):
-        with pytest.raises(ValueError, match="trained with"):
-            config = SPDConfig(adapter=str(folder), **change)
-            small.generate(prompt(4, vocab=40), assistant_strategy=config, max_new_tokens=4)

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .. import _compat
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
@@ -168,6 +169,11 @@ class SPDStrategy(SpeculationStrategy):
     def prepare(self, model: PreTrainedModel) -> None:
         """Load the draft module, and check the stages against the model's layers and the adapter's."""
         config, layers = self.config, len(decoder_layers(model))
+        if _compat.is_tensor_parallel(model):
+            raise ValueError(
+                "The strategy 'spd' puts whole layers on ranks, so it can't run a tensor-parallel model (`tp_plan`); "
+                "load the model without, or each rank's part with `hf_specdec.load_stage`."
+            )
         if config.num_stages is not None or config.stage_layers is not None:
             DepthMap(layers, config.num_stages or len(config.stage_layers or ()), config.stage_layers)
         if config.adapter is None:

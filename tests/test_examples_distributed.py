@@ -1,0 +1,85 @@
+"""The scripts of examples/distributed, run as their users would."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "examples" / "distributed"
+TINY = Path(__file__).parent / "tiny"
+PROMPTS = 14
+
+pytestmark = pytest.mark.skipif(
+    not SCRIPTS.is_dir() or not torch.distributed.is_available(), reason="without examples or torch.distributed"
+)
+
+
+def start(script: str, processes: int, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*command, str(SCRIPTS / script), *arguments],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Return a folder with the tiny trained model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    for path in [*(TINY / "target").iterdir(), *TINY.glob("tokenizer*")]:
+        shutil.copy(path, folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_a_folder_of_prompts_survives_a_kill(model, tmp_path):
+    """Killed in the middle and run again with more processes: nothing lost, nothing twice, as in one run."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    text = (TINY / "heldout.txt").read_text(encoding="utf-8")
+    (folder / "one.txt").write_text(text[:200], encoding="utf-8")
+    lines = [json.dumps({"prompt": text[500 * i : 500 * i + 150]}) for i in range(1, PROMPTS)]
+    (folder / "more.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    arguments = ["--model", model, "--strategy", "plain", "--new-tokens", "24"]
+    whole = start("generate_folder.py", 1, str(folder), str(tmp_path / "whole.jsonl"), *arguments)
+    assert whole.wait(timeout=200) == 0, whole.stdout.read()
+
+    out, parts = tmp_path / "out.jsonl", tmp_path / "out.parts"
+    run = start("generate_folder.py", 1, str(folder), str(out), *arguments)
+    end = time.monotonic() + 100
+    while time.monotonic() < end and sum(p.read_text().count("\n") for p in parts.glob("*.jsonl")) < 3:
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    part = parts / "0.jsonl"
+    done = part.read_text(encoding="utf-8").splitlines()
+    assert 3 <= len(done) < PROMPTS, "the run was to be killed in the middle"
+    assert not out.exists()
+    with part.open("a", encoding="utf-8") as file:
+        file.write('{"name": "more.jsonl:9", "ans')  # as a kill in the middle of a line leaves it
+
+    again = start("generate_folder.py", 2, str(folder), str(out), *arguments)
+    assert again.wait(timeout=200) == 0, again.stdout.read()
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+    names = [json.loads(line)["name"] for line in out.read_text().splitlines()]
+    assert names == ["one.txt", *(f"more.jsonl:{i}" for i in range(1, PROMPTS))]
+    written = [line for path in parts.glob("*.jsonl") for line in path.read_text().splitlines()]
+    finished = [line for line in written if line.endswith("}")]
+    assert len(finished) == PROMPTS, "an answer was made twice"
+    assert {json.loads(line)["name"] for line in finished} == set(names)
