@@ -84,8 +84,14 @@ def frequent_words(texts: Sequence[Text], size: int, always: Sequence[int] = ())
     # words of the prompts fill up where answers use fewer
     ranked = [token for counter in (counts, prompts) for token, _ in counter.most_common()]
     chosen = list(dict.fromkeys([*always, *ranked]))[:size]
-    covered = sum(counts[token] for token in chosen) / max(sum(counts.values()), 1)
-    return torch.tensor(sorted(chosen)), covered
+    words = torch.tensor(sorted(chosen))
+    return words, coverage(texts, words)
+
+
+def coverage(texts: Sequence[Text], words: torch.Tensor) -> float:
+    """Return the share of answer tokens that are among `words` `[k]`."""
+    answers = torch.cat([text.ids[text.prompt_length :] for text in texts])
+    return float(torch.isin(answers, words).float().mean())
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, seed: int) -> list[list[int]]:

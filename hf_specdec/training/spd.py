@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from .. import _compat
 from ..generation.depth_map import DepthMap
 from ..generation.draft_model import decoder_layers
-from ..generation.draft_module import Features, PipelineDraftModule
+from ..generation.draft_module import Features, PipelineDraftModule, load_draft_module
 from ..generation.layerwise import LayerCall, Layerwise
 from ..generation.spd import SPDConfig
 from .data import Text
-from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, padded
+from .distill import Agreement, Distillation, DistillSettings, Report, batches, coverage, divergence, padded
 
 
 LAYOUTS = ("exact", "shared")
@@ -41,6 +41,8 @@ class ModuleTraining(DistillSettings):
             stage has, drafting hides behind the stages.
         templates (`tuple[int, ...]`, *optional*): the model's layers that they begin as copies of; by default spread
             over the upper half.
+        start (`str`, *optional*): folder of another draft module of this model, perhaps of other stages, whose layers
+            and head this one begins with; templates and vocabulary are that one's.
         layout (`str`, *optional*): `"exact"`, in which training equals decoding, or `"shared"`, with fewer rows. By
             default exact for up to 8 stages.
     """
@@ -50,6 +52,7 @@ class ModuleTraining(DistillSettings):
     feature_layers: tuple[int, ...] | None = None
     num_draft_layers: int = 2
     templates: tuple[int, ...] | None = None
+    start: str | None = None
     layout: str | None = None
     num_assistant_tokens: int = 1
 
@@ -63,6 +66,8 @@ class ModuleTraining(DistillSettings):
             raise ValueError(
                 f"`templates` must name `num_draft_layers` {self.num_draft_layers} layers, got {self.templates}."
             )
+        if self.start is not None and self.templates is not None:
+            raise ValueError("`templates` are those of `start`; leave one of them out.")
         if self.layout not in (None, *LAYOUTS):
             raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
 
@@ -191,9 +196,17 @@ class _ModuleRun(Distillation):
         super().__init__(target, texts, path, settings, notes, report, depths.features)
         self.settings, self.depths = settings, depths
         self.kind = settings.layout or ("exact" if depths.stages <= _MOST_EXACT_STAGES else "shared")
+        earlier = None if settings.start is None else load_draft_module(target, settings.start)
         spread = torch.linspace(layers // 2, layers - 1, settings.num_draft_layers + 1)[1:].round().long().tolist()
         templates = settings.templates or spread
+        if earlier is not None:
+            templates = earlier.templates
+            self.vocabulary = None if earlier.reduced is None else earlier.reduced.ids.cpu()
+            self.covered = 1.0 if self.vocabulary is None else coverage(self.train, self.vocabulary)
         self.module = PipelineDraftModule(target, depths, templates, self.vocabulary, settings.max_length)
+        if earlier is not None:
+            self.module.layers.load_state_dict(earlier.layers.state_dict())
+            self.module.lm_head.load_state_dict(earlier.lm_head.state_dict())
         self.undistributed = Student(target, self.module)
         self.student = self.adopt(self.undistributed, dict(self.module.named_parameters()))
         self.parts = Layerwise(target)
