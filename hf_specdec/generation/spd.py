@@ -188,6 +188,16 @@ class SPDStrategy(SpeculationStrategy):
             self.depths = self.module.depths
         config.check_depths(self.depths)
         self.ranks = Ranks(self.depths, config.timeout) if config.ranked else None
+        self._check_ends(model)
+
+    def _check_ends(self, model: PreTrainedModel) -> None:
+        """Warn if the module can't guess an end of the text, so that every text ends with a rejection."""
+        ends = model.generation_config.eos_token_id
+        for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+            if self.controls and not self.module.can_guess(torch.tensor([[end]])):
+                logger.warning_once(
+                    f"The draft vocabulary of {self.config.adapter!r} lacks the EOS token {end}, so it is never guessed."
+                )
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return storage as large as plain decoding's, so that attention reduces over the same slots."""

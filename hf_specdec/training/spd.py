@@ -41,8 +41,12 @@ class ModuleTraining(DistillSettings):
             stage has, drafting hides behind the stages.
         templates (`tuple[int, ...]`, *optional*): the model's layers that they begin as copies of; by default spread
             over the upper half.
+        fill_rate (`float`, *optional*): acceptance rate to train for. How long the pipeline has been filling is drawn
+            as that rate makes it: the lower, the more often it has just begun. By default the paper's rule: full
+            half of the time, otherwise 1 to n - 1 ticks with equal chances.
         start (`str`, *optional*): folder of another draft module of this model, perhaps of other stages, whose layers
-            and head this one begins with; templates and vocabulary are that one's.
+            and head this one begins with, and its projections where the features are the same; templates and
+            vocabulary are that one's.
         layout (`str`, *optional*): `"exact"`, in which training equals decoding, or `"shared"`, with fewer rows. By
             default exact for up to 8 stages.
     """
@@ -52,6 +56,7 @@ class ModuleTraining(DistillSettings):
     feature_layers: tuple[int, ...] | None = None
     num_draft_layers: int = 2
     templates: tuple[int, ...] | None = None
+    fill_rate: float | None = None
     start: str | None = None
     layout: str | None = None
     num_assistant_tokens: int = 1
@@ -66,6 +71,8 @@ class ModuleTraining(DistillSettings):
             raise ValueError(
                 f"`templates` must name `num_draft_layers` {self.num_draft_layers} layers, got {self.templates}."
             )
+        if self.fill_rate is not None and not 0 < self.fill_rate < 1:
+            raise ValueError(f"`fill_rate` must be in (0, 1), got {self.fill_rate}.")
         if self.start is not None and self.templates is not None:
             raise ValueError("`templates` are those of `start`; leave one of them out.")
         if self.layout not in (None, *LAYOUTS):
@@ -207,6 +214,8 @@ class _ModuleRun(Distillation):
         if earlier is not None:
             self.module.layers.load_state_dict(earlier.layers.state_dict())
             self.module.lm_head.load_state_dict(earlier.lm_head.state_dict())
+            if earlier.depths.features == depths.features:
+                self.module.feature_proj.load_state_dict(earlier.feature_proj.state_dict())
         self.undistributed = Student(target, self.module)
         self.student = self.adopt(self.undistributed, dict(self.module.named_parameters()))
         self.parts = Layerwise(target)
@@ -222,11 +231,13 @@ class _ModuleRun(Distillation):
         return logits
 
     def fill(self) -> int:
-        """Return this step's F, the same on all processes: n half of the time, otherwise less."""
-        n, draw = self.depths.stages, torch.Generator().manual_seed(1_000_003 * self.settings.seed + self.step)
-        if n == 1 or torch.rand((), generator=draw) < 0.5:
-            return n
-        return int(torch.randint(1, n, (), generator=draw))
+        """Return this step's F, from 1 to n and the same on all processes."""
+        n, rate = self.depths.stages, self.settings.fill_rate
+        draw = torch.Generator().manual_seed(1_000_003 * self.settings.seed + self.step)
+        chances = [1 / (2 * (n - 1))] * (n - 1) + [0.5]
+        if rate is not None:
+            chances = [(1 - rate) * rate**before for before in range(n - 1)] + [rate ** (n - 1)]
+        return 1 + int(torch.multinomial(torch.tensor(chances), 1, generator=draw))
 
     def loss(self, ids: torch.Tensor, real: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
         """Return the divergence at the real positions whose most likely word the module can guess."""
