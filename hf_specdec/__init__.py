@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .generation.loop import DecodingLoop
     from .generation.plain import PlainConfig
     from .generation.prompt_lookup import PromptLookupConfig
+    from .generation.ranks import PipelineRankError
     from .generation.slim_drafter import ViaSDQualityError
     from .generation.spd import SPDConfig
     from .generation.specbound import SpecBoundConfig
@@ -38,6 +39,7 @@ _EXPORTS = {
     "DecodingLoop": "generation.loop",
     "DiversedConfig": "generation.diversed",
     "DiversedHead": "generation.ensemble_head",
+    "PipelineRankError": "generation.ranks",
     "PlainConfig": "generation.plain",
     "PromptLookupConfig": "generation.prompt_lookup",
     "SPDConfig": "generation.spd",
@@ -63,6 +65,7 @@ __all__ = [
     "DecodingLoop",
     "DiversedConfig",
     "DiversedHead",
+    "PipelineRankError",
     "PlainConfig",
     "PromptLookupConfig",
     "SPDConfig",

@@ -88,6 +88,14 @@ def numbers(text: str, option: str) -> list[int]:
     return found
 
 
+def floats(text: str, option: str) -> list[float]:
+    """Return the numbers that an option lists, separated by commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"`{option}` takes numbers separated by commas, got {text!r}.") from error
+
+
 def advancing(progress: Progress, task: TaskID) -> Callable[[Any], None]:
     """Return a function that advances a bar by one, whatever it is told."""
     return lambda _: progress.advance(task)

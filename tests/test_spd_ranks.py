@@ -21,7 +21,7 @@ from hf_specdec.generation.spd import SPDConfig
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 LAYERS = 6
-PLACES = [(2, 2), (3, 2), (3, 3), (4, 3)]  # ranks and stages: colocated, dedicated
+PLACES = [(2, 1), (2, 2), (3, 2), (3, 3), (4, 3)]  # ranks and stages: colocated, dedicated
 TIMEOUT = 40.0
 
 
@@ -34,7 +34,7 @@ def build():
 def adapters(tmp_path_factory):
     """Return folders of draft modules by number of stages; one is uneven."""
     model, found = build(), {}
-    for stages, counts in ((2, None), (3, [1, 3, 2]), (4, [1, 2, 2, 1])):
+    for stages, counts in ((1, None), (2, None), (3, [1, 3, 2]), (4, [1, 2, 2, 1])):
         torch.manual_seed(0)
         depths = DepthMap(LAYERS, stages, counts)
         found[stages] = str(tmp_path_factory.mktemp(f"spd{stages}"))
@@ -168,7 +168,7 @@ def with_another_argument(rank, adapter, name):
     return None
 
 
-@pytest.mark.parametrize("name", ["inputs", "generation_config"])
+@pytest.mark.parametrize("name", ["inputs", "generation_config", "timeout"])
 def test_different_arguments_are_an_error_on_all_ranks(name, adapters):
     plain = build().generate(families.prompts()[0][:1], max_new_tokens=12, do_sample=False)
     for message, after in run_ranks(3, with_another_argument, adapters[2], name):

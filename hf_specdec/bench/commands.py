@@ -15,6 +15,7 @@ from ..console import (
     Model,
     advancing,
     console,
+    floats,
     load_assistant,
     load_model,
     numbers,
@@ -156,7 +157,6 @@ def calibrate_spd_command(
     import torch
 
     from ..generation.spd import SPDConfig
-    from ..training.commands import floats
     from .texts import chat_ids
     from .ticks import count_ticks
 

@@ -75,15 +75,14 @@ class Ranks:
             ValueError: if the ranks were called with different arguments; on all of them.
             PipelineRankError: if a rank failed or did not answer.
         """
-        self._connect(device)
-        self._agree(terms)
+        agreed = False
         try:
+            self._connect(device)
+            self._agree(terms)
+            agreed = True
             yield
-        except PipelineRankError:
-            self._disconnect()
-            raise
         except BaseException as error:
-            if self.controls:
+            if self.controls and agreed and not isinstance(error, PipelineRankError):
                 with suppress(Exception):
                     self.command(STOP, 1)
                     self._reasons(f"{type(error).__name__}: {error}")
@@ -104,12 +103,16 @@ class Ranks:
         """Make the groups of this call's timeout, once per process."""
         key = (self.size, self.timeout)
         if key not in _connected:
-            # control stays on the CPU: reading it must not wait for a device
-            control = dist.new_group(backend="gloo", timeout=self.timeout)
-            _connected[key] = control, dist.new_group(timeout=self.timeout)
+            with self._patience("all ranks"):
+                _connected[key] = self._new_groups()
         self._groups = _connected[key]
         if dist.get_backend(self._groups[1]) != "gloo":
             self.home = device
+
+    def _new_groups(self) -> tuple[Any, Any]:
+        # control stays on the CPU: reading it must not wait for a device
+        control = dist.new_group(backend="gloo", timeout=self.timeout)
+        return control, dist.new_group(timeout=self.timeout)
 
     def _disconnect(self) -> None:
         """Close this call's connections, so that a rank that waits for this one learns of it at once."""

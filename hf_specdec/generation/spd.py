@@ -196,7 +196,7 @@ class SPDStrategy(SpeculationStrategy):
         for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
             if self.controls and not self.module.can_guess(torch.tensor([[end]])):
                 logger.warning_once(
-                    f"The draft vocabulary of {self.config.adapter!r} lacks the EOS token {end}, so it is never guessed."
+                    f"The draft vocabulary of {self.config.adapter!r} lacks the EOS token {end}: it is never guessed."
                 )
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:

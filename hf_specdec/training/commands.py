@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import Device, Dtype, Model, console, load_assistant, load_model, progress_bar
+from ..console import Device, Dtype, Model, console, floats, load_assistant, load_model, progress_bar
 
 
 if TYPE_CHECKING:
@@ -357,11 +357,3 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with progress_bar() as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
-
-
-def floats(text: str, option: str) -> list[float]:
-    """Return the numbers that an option lists, separated by commas."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"`{option}` takes numbers separated by commas, got {text!r}.") from error
