@@ -10,7 +10,7 @@ import torch
 from near_tie import divergences
 from transformers import GenerationConfig
 
-from hf_specdec import AssistedConfig, SpecBoundConfig, VegasConfig, ViaSDConfig, ViaSDQualityError
+from hf_specdec import AssistedConfig, SPDConfig, SpecBoundConfig, VegasConfig, ViaSDConfig, ViaSDQualityError
 from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
 from hf_specdec.bench.texts import long_prompt
 
@@ -27,6 +27,8 @@ STRATEGIES = {
     "vegas": VegasConfig(min_context=0, min_tokens=40),
     "vegas_window": VegasConfig(min_context=0, min_tokens=40, selection="window"),
     "specbound": SpecBoundConfig(adapter=str(ADAPTERS / "specbound"), alpha=0.0, tau=0.3),
+    "spd": SPDConfig(adapter=str(ADAPTERS / "spd" / "n5")),
+    "spd_threads": SPDConfig(adapter=str(ADAPTERS / "spd" / "n2"), schedule="threads"),
     "prompt_lookup": "prompt_lookup",
     "via_sd": ViaSDConfig(adapter=str(ADAPTERS / "via_sd"), drafter=DRAFT),
     "via_sd_gate": ViaSDConfig(adapter=str(ADAPTERS / "via_sd"), drafter="prompt_lookup", lossless_rule="gate"),
@@ -93,6 +95,24 @@ def test_bfloat16_differs_at_near_ties_only(real, ragged):
     width = min(stock.shape[1], ours.shape[1])
     found = divergences(exact, stock[:, :width], ours[:, :width], mask, rounded)
     assert all(place.near_tie for place in found), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipelines_logits_are_plain_decodings_to_the_last_bit(dtype, ragged):
+    model, _ = load_smollm2(dtype)
+    ids, mask = (part[:1] for part in ragged)
+    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "pad_token_id": 2}
+    plain = model.generate(ids, **options, assistant_strategy="plain")
+    for name in ("spd", "spd_threads"):
+        out = model.generate(ids, **options, assistant_strategy=STRATEGIES[name])
+        assert torch.equal(out.sequences, plain.sequences)
+        assert torch.equal(torch.stack(out.logits), torch.stack(plain.logits))
+        method = out.speculation.method
+        n, rejected = method["num_stages"], method["rejections"]
+        # a rejection of the last token costs nothing more
+        assert method["ticks"] in {23 + (n - 1) * (1 + rejected - last) for last in (0, 1)}
+        assert out.speculation.acceptance_rate > 0.15, "a trained module, on text of the kind that it has seen"
 
 
 def test_drafts_from_real_text_are_mostly_accepted(real, ragged):
