@@ -295,7 +295,7 @@ def test_no_tick_more_than_the_last_token_needs(stages):
 
 def test_threads_run_the_stages_and_the_module_at_once(monkeypatch):
     """The only timed test here: sleeps stand for work, which on few cores would take turns anyway."""
-    model, new, nap = target(), 14, 0.05
+    model, new, nap = target(), 11, 0.08
     ids = prompt(5)
     text = stock(model, ids, new)
     best = {}
@@ -321,9 +321,9 @@ def test_threads_run_the_stages_and_the_module_at_once(monkeypatch):
             sleep.remove()
         monkeypatch.undo()
         assert torch.equal(out.sequences, text)
-        assert len(spent) >= 5
+        assert len(spent) >= 4
         best[schedule] = min(spent)  # a busy machine makes ticks longer; naps in turn can't be shorter than their sum
-    assert nap <= best["threads"] < 1.5 * nap
+    assert nap <= best["threads"] < 2 * nap  # no two of five were taken one after the other
     assert best["serial"] >= 5 * nap
 
 

@@ -88,6 +88,9 @@ class SPDConfig(SpeculationConfig):
                 f"`num_assistant_tokens` must be 1 for the strategy 'spd', got {self.num_assistant_tokens}: it drafts "
                 "one token per tick, and keeps as many in flight as there are stages (`num_stages`)."
             )
+        counts = self.stage_layers
+        if counts is not None and (not counts or any(type(count) is not int for count in counts)):
+            raise ValueError(f"`stage_layers` must hold a whole number of layers per stage, got {counts!r}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
         if not 0 < self.timeout < float("inf"):
