@@ -40,7 +40,9 @@ class Clock(BaseStreamer):
 
     @property
     def ms_per_token(self) -> float:
-        """Milliseconds per token after the first."""
+        """Milliseconds per token after the first; 0 on ranks that don't control, which get no tokens."""
+        if len(self.times) < 3:
+            return 0.0
         return 1000 * (self.times[-1] - self.times[1]) / max(len(self.times) - 2, 1)
 
 

@@ -275,4 +275,6 @@ class _ModuleRun(Distillation):
     def write(self, record: dict[str, Any]) -> None:
         """Save the module."""
         notes = {"fill_simulation": True, "train_layout": self.kind, "kd_temperature": 1.0}
+        if self.settings.start is not None:
+            record["training"]["start"] = Path(self.settings.start).name  # not where it lies on this machine
         self.module.save(self.path, SPDConfig(), self.target, **notes, **record)
