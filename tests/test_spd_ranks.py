@@ -25,6 +25,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 LAYERS = 6
 PLACES = [(2, 1), (2, 2), (3, 2), (3, 3), (4, 3)]  # ranks and stages: colocated, dedicated
 TIMEOUT = 40.0
+NAP = 0.1
+"""Seconds of sleep in each stage and in the module; a few times what five processes on two cores need for the rest."""
 
 
 def build():
@@ -283,16 +285,16 @@ def test_what_needs_a_whole_model_is_refused(adapters):
 
 
 def overlapping(rank, adapter):
-    """Return the seconds of ticks in which all stages are busy, with 50 ms in every stage and in the module."""
+    """Return the seconds of ticks in which all stages are busy, with a nap in every stage and in the module."""
     model, took = build(), []
     bounds = [0, 1, 3, 5, 6]
     if rank:
-        model.model.layers[bounds[rank - 1]].register_forward_pre_hook(lambda *_: time.sleep(0.05))
+        model.model.layers[bounds[rank - 1]].register_forward_pre_hook(lambda *_: time.sleep(NAP))
     else:
         draft, tick = DraftReader.draft, RankedPipeline.tick
 
         def slow_draft(self, *args):
-            time.sleep(0.05)
+            time.sleep(NAP)
             return draft(self, *args)
 
         def timed_tick(self, job):
@@ -309,12 +311,10 @@ def overlapping(rank, adapter):
 
 def test_stages_and_module_work_at_the_same_time(adapters):
     took = run_ranks(5, overlapping, adapters[4])[0]
-    mean = sum(took) / len(took)
-    print(
-        f"{1000 * mean:.1f} ms per full tick of 4 stages and the module, each with 50 ms of sleep; {len(took)} ticks"
-    )
+    middle = statistics.median(took)  # a machine that does other work as well delays some ticks by any amount
+    print(f"{1000 * middle:.1f} ms per full tick, {1000 * NAP:.0f} of them asleep in 4 stages and the module at once")
     assert len(took) >= 10
-    assert middle < 1.5 * 0.05, "one after the other they take 250 ms"
+    assert middle < 1.5 * NAP, "one after the other they take five naps"
 
 
 def test_schedule_dist_needs_ranks(adapters):
