@@ -45,6 +45,9 @@ def adapters(tmp_path_factory):
         PipelineDraftModule(model, depths, [LAYERS - 1], torch.arange(0, 64, 2)).save(
             found[stages], SPDConfig(), model
         )
+    found["other"] = str(tmp_path_factory.mktemp("spd2"))
+    depths = DepthMap(LAYERS, 2)
+    PipelineDraftModule(model, depths, [0], torch.arange(0, 64, 2)).save(found["other"], SPDConfig(), model)
     return found
 
 
@@ -157,25 +160,26 @@ def test_each_rank_holds_its_own_layers_only(size, stages, saved, adapters):
         assert real == len(own) * per_layer + outside + head
 
 
-def with_another_argument(rank, adapter, name):
+def with_another_argument(rank, adapter, name, other):
     """Call `generate` with something else on rank 1, then alike."""
     model = build()
     changed = {
+        "adapter": {"adapter": other},
         "inputs": {"input_ids": families.prompts(seed=9)[0][:1]},
         "generation_config": {"max_new_tokens": 9},
         "timeout": {"timeout": 41.0},
     }[name]
     try:
-        ours(model, adapter, **(changed if rank == 1 else {}))
+        ours(model, **{"adapter": adapter, **(changed if rank == 1 else {})})
     except ValueError as error:
         return str(error), ours(model, adapter)
     return None
 
 
-@pytest.mark.parametrize("name", ["inputs", "generation_config", "timeout"])
+@pytest.mark.parametrize("name", ["inputs", "generation_config", "timeout", "adapter"])
 def test_different_arguments_are_an_error_on_all_ranks(name, adapters):
     plain = build().generate(families.prompts()[0][:1], max_new_tokens=12, do_sample=False)
-    for message, after in run_ranks(3, with_another_argument, adapters[2], name):
+    for message, after in run_ranks(3, with_another_argument, adapters[2], name, adapters["other"]):
         assert f"`{name}` on rank 1" in message
         assert torch.equal(after, plain)
 

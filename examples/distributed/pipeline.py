@@ -119,8 +119,10 @@ def main(
             mean = statistics.mean(times)
             ratio = "" if base is None else f"  {base / mean:.2f}x the fastest stock"
             typer.echo(f"{name:24} {mean:8.1f} ms per token{ratio}")
-        ticks = sum(m["ticks"] for m in method)
-        typer.echo(f"{ticks} ticks for {new_tokens * len(rows)} tokens on {method[0]['num_stages']} stages")
+        ticks, tokens, stages = sum(m["ticks"] for m in method), new_tokens * len(rows), method[0]["num_stages"]
+        tick_ms = mean * (tokens - len(rows)) / ticks
+        typer.echo(f"{ticks} ticks of {tick_ms:.1f} ms for {tokens} tokens on {stages} stages and this many ranks")
+        typer.echo(f"theoretical: {stages * tokens / ticks:.2f}x, if every stage had a device of its own")
         if json_out is not None:
             json_out.write_text(json.dumps({"ms_per_token": found, "method": method}, indent=1) + "\n", "utf-8")
     dist.barrier()

@@ -122,12 +122,9 @@ class Pipeline:
     def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Hand a token `[1, 1]` to the first stage, for the next tick; return its state at depth 0, `[1, 1, H]`."""
         device = cast(torch.Tensor, self.parts.model.get_input_embeddings().weight).device
-        step = Step([position], 1, device)
-        recording = record_token(
-            self.parts, {"input_ids": token.to(device)}, self.cache, step, self.last_position, specdec_step=step
-        )
-        self.waiting[0] = Parcel(recording.hidden, step, recording)
-        return recording.hidden
+        parcel = make_parcel(self.parts, {"input_ids": token.to(device)}, position, self.cache, self.last_position)
+        self.waiting[0] = parcel
+        return parcel.hidden
 
     def tick(self, draft: Job | None) -> Tick:
         """Run every stage that has a token, and `draft`, which may run at the same time."""
@@ -149,30 +146,36 @@ class Pipeline:
             stage.cache.rewind(length)
 
 
-def record_token(
+def make_parcel(
     parts: Layerwise,
     inputs: dict[str, torch.Tensor],
+    start: int,
     cache: SpeculativeCache,
-    step: Step,
     last_position: int,
-    **options: Step,
-) -> Recording:
-    """Return the recording of tokens at `step`.
+    *,
+    own_attention: bool = False,
+) -> Parcel:
+    """Return tokens ready for a stage.
 
     Args:
-        inputs (`dict`): `input_ids`, or `inputs_embeds` where the states are not to be taken from the recording.
+        inputs (`dict`): `input_ids` `[1, m]` for the first stage, or `inputs_embeds` `[1, m, H]`, which the stage
+            before has handed on, for a later one.
+        start (`int`): position of the first token.
         cache (`SpeculativeCache`): exchanged when a stage runs (see `placed`).
         last_position (`int`): positions are clamped to it.
-        options: `specdec_step`, for the package's attention.
+        own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not the package's.
     """
-    device = next(iter(inputs.values())).device
-    return parts.record(
+    given = next(iter(inputs.values()))
+    step = Step([start], given.shape[1], given.device)
+    recording = parts.record(
         **inputs,
-        position_ids=step.slots_on(device).clamp(max=last_position),
+        position_ids=step.slots_on(given.device).clamp(max=last_position),
         past_key_values=cache,
         use_cache=True,
-        **options,
+        **({} if own_attention else {"specdec_step": step}),
     )
+    # a recording of states may have scaled them, as some families do with embeddings
+    return Parcel(inputs.get("inputs_embeds", recording.hidden), step, recording)
 
 
 def in_series(jobs: Sequence[Job]) -> list[Any]:

@@ -13,12 +13,11 @@ import torch
 
 from ..cache.speculative import SpeculativeCache
 from ..kernels.dispatch import speculative_attention
-from ..kernels.step import Step
 from .draft_module import Features
 from .layerwise import Layerwise
-from .pipeline import Job, Parcel, Pipeline, Stage, Tick, record_token
-from .ranks import PROMPT, STOP, TICK, PipelineRankError, Ranks
-from .runner import Forward
+from .pipeline import Job, Parcel, Pipeline, Stage, Tick, make_parcel
+from .ranks import PROMPT, STOP, TICK, Ranks
+from .runner import Forward, ModelRunner
 from .state import DecodingState
 
 
@@ -67,19 +66,15 @@ class _Place:
             own (`bool`): with the model's own attention.
         """
         begin, end = block
-        stage, device = cast(Stage, self.stage), self.embedding.device
-        step = Step([begin], end - begin, device)
+        stage = cast(Stage, self.stage)
         if stage.index == 0:
-            inputs = {"input_ids": self.state.text[self.state.active, begin:end].to(device)}
+            inputs = {"input_ids": self.state.text[self.state.active, begin:end].to(self.embedding.device)}
         else:
             hidden, work = self.ranks.take(self.shape(end - begin), self.dtype, stage.index - 1)
             self.ranks.wait(work, self.ranks.owner(stage.index - 1))
-            inputs = {"inputs_embeds": hidden.to(device)}
+            inputs = {"inputs_embeds": hidden.to(self.embedding.device)}
         stage.cache.exact_slices = own
-        options = {} if own else {"specdec_step": step}
-        recording = record_token(self.parts, inputs, stage.cache, step, self.runner.last_position, **options)
-        hidden = inputs.get("inputs_embeds", recording.hidden)
-        parcel, features = stage.run(Parcel(hidden, step, recording))
+        parcel, features = stage.run(self.parcel(inputs, begin, own))
         stage.cache.exact_slices = False
         if stage.index < self.last:
             self.ranks.wait(self.ranks.hand_on(parcel.hidden, stage.index + 1), self.ranks.owner(stage.index + 1))
@@ -92,15 +87,18 @@ class _Place:
         if self.stage is not None:
             self.stage.parts = self.parts
 
-    def parcel(self, hidden: torch.Tensor, position: int) -> Parcel:
-        """Return a token that another rank has handed on."""
-        hidden = hidden.to(self.embedding.device)
-        step = Step([position], 1, hidden.device)
-        cache = cast(Stage, self.stage).cache
-        recording = record_token(
-            self.parts, {"inputs_embeds": hidden}, cache, step, self.runner.last_position, specdec_step=step
-        )
-        return Parcel(hidden, step, recording)
+    def parcel(self, inputs: dict[str, torch.Tensor], start: int, own: bool = False) -> Parcel:
+        """Return tokens ready for this rank's stage (see `make_parcel`)."""
+        cache, last = cast(Stage, self.stage).cache, self.runner.last_position
+        return make_parcel(self.parts, inputs, start, cache, last, own_attention=own)
+
+    def token(self, token: int, position: int) -> Parcel:
+        """Return a token that rank 0 has named, ready for the first stage."""
+        return self.parcel({"input_ids": torch.tensor([[token]], device=self.embedding.device)}, position)
+
+    def handed_on(self, hidden: torch.Tensor, position: int) -> Parcel:
+        """Return a token that the stage before has handed on, ready for this rank's."""
+        return self.parcel({"inputs_embeds": hidden.to(self.embedding.device)}, position)
 
 
 class RankedPipeline(Pipeline):
@@ -151,8 +149,7 @@ class RankedPipeline(Pipeline):
         features = {index: torch.cat(parts, dim=1) for index, parts in found.items()}
         features[0] = self.parts.record_at(state.target, tokens, 0).hidden
         self.rewind(-1)
-        self.tail = self.parts.tail()
-        return Forward(self.tail(self.parts.norm(final[:, -1:])), None), features
+        return Forward(self.parts.tail()(self.parts.norm(final[:, -1:])), None), features
 
     def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Name the token that the first stage is to embed; return its state at depth 0, `[1, 1, H]`."""
@@ -214,7 +211,7 @@ class RankedPipeline(Pipeline):
         """Return what waits before this rank's stage."""
         if self.depths.stages == 1:
             return cast(Parcel, self.waiting[0])
-        return self.place.parcel(cast("tuple[torch.Tensor, Any]", self.inbound)[0], position)
+        return self.place.handed_on(cast("tuple[torch.Tensor, Any]", self.inbound)[0], position)
 
 
 def serve(state: DecodingState, ranks: Ranks, make_cache: Any) -> None:
@@ -233,7 +230,8 @@ def serve(state: DecodingState, ranks: Ranks, make_cache: Any) -> None:
         what, *numbers = ranks.obey()
         if what == STOP:
             if numbers[0]:
-                raise ranks.failed(None if worker is None else worker.error)
+                error = None if worker is None else worker.error
+                raise ranks.failed(error) from error
             return
         if what == PROMPT:
             if worker is not None:
@@ -248,13 +246,11 @@ class _Worker:
     """One row on a rank that does not control."""
 
     def __init__(self, state: DecodingState, ranks: Ranks, row: int, cache: SpeculativeCache) -> None:
-        from .runner import ModelRunner
-
         state.begin([row], ModelRunner(state.model, cache, state.max_length), frozenset())
         self.state, self.ranks, self.place = state, ranks, _Place(state, ranks)
         self.stage = cast(Stage, self.place.stage)
         self.inbound: torch.Tensor | None = None
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
 
     def prompt(self) -> None:
         """Run the prompt, and report its features."""
@@ -295,17 +291,11 @@ class _Worker:
         fine = torch.zeros(place.shape(1), dtype=place.dtype, device=device)
         try:
             if stage.index == 0:
-                step = Step([position], 1, device)
-                ids = torch.tensor([[token]], device=device)
-                last = place.runner.last_position
-                recording = record_token(place.parts, {"input_ids": ids}, stage.cache, step, last, specdec_step=step)
-                parcel = Parcel(recording.hidden, step, recording)
+                parcel = place.token(token, position)
             else:
-                parcel = place.parcel(cast(torch.Tensor, inbound), position)
+                parcel = place.handed_on(cast(torch.Tensor, inbound), position)
             parcel, features = stage.run(parcel)
-        except PipelineRankError:
-            raise
-        except BaseException as error:
+        except Exception as error:
             # the tick ends as if nothing had happened; rank 0 sees the report, stops the call and asks for the reason
             self.error = error
             return fine, torch.ones_like(fine).expand(-1, 1 + place.rows_of(stage.index), -1)

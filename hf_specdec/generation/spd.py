@@ -36,11 +36,10 @@ from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
 from . import acceptance
-from .adapters import describe
+from .adapters import describe, read_record
 from .depth_map import DepthMap
 from .draft_model import decoder_layers
-from .draft_module import DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
-from .layerwise import Layerwise
+from .draft_module import KIND, DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
 from .pipeline import InThreads, Job, Pipeline, in_series
 from .pipeline_ranks import RankedPipeline, serve
 from .ranks import STOP, Ranks
@@ -233,8 +232,9 @@ class SPDStrategy(SpeculationStrategy):
 
     def _terms(self, state: DecodingState) -> dict[str, str]:
         """Return what all ranks must agree on."""
-        record = {"stages": self.depths.stage_layers, "features": self.depths.features, "protocol": _PROTOCOL}
+        record, _ = read_record(cast(str, self.config.adapter), KIND)
         return {
+            "protocol": str(_PROTOCOL),
             "inputs": _digest([state.prompt.ids.tolist(), state.prompt.mask.tolist()]),
             "generation_config": _digest(state.generation_config.to_dict()),
             "model": _digest([describe(state.model), str(state.model.dtype)]),
@@ -267,7 +267,7 @@ class SPDStrategy(SpeculationStrategy):
         """Run the prompt as usual, and let the draft module read its features."""
         self.pipeline = self._pipeline(state)
         output, features = self.pipeline.prefill(state)
-        self.parts = Layerwise(state.model)
+        self.parts = self.pipeline.parts
         self.tail = self.parts.tail()
         state.contexts.enter_context(speculative_attention(self.module))
         self.reader = self.module.reader(state.model, state.max_length)
@@ -294,7 +294,6 @@ class SPDStrategy(SpeculationStrategy):
         result = self._verify(state, tick.final)
         if tick.guess is not None and self.flying:
             self._draft(state, tick.guess)
-        self._report(state)
         return result
 
     def _drafting(self, state: DecodingState) -> Job | None:
@@ -358,7 +357,14 @@ class SPDStrategy(SpeculationStrategy):
         features = {0: self.pipeline.enter(token, position)}
         self.flying.append(_Flying(position, token, law, features, len(self.flying)))
 
-    def _report(self, state: DecodingState) -> None:
+    def commit(self, state: DecodingState, kept: list[int]) -> None:
+        """Leave the caches as they are: tokens in flight stay in them, and a rejection has dropped them already."""
+
+    def close(self, state: DecodingState) -> None:
+        """Hand over the counts of the rows so far."""
+        super().close(state)
+        if not self.ticks:
+            return
         # the prefill's token counts for the paper, which gives the time of the prefill to neither side
         tokens = self.emitted + self.rows
         state.stats.method.update(
@@ -370,9 +376,6 @@ class SPDStrategy(SpeculationStrategy):
             accepted_per_fill={str(fill): self.accepted[fill] for fill in sorted(self.judged)},
             theoretical_speedup=self.depths.stages * tokens / self.ticks,
         )
-
-    def commit(self, state: DecodingState, kept: list[int]) -> None:
-        """Leave the caches as they are: tokens in flight stay in them, and a rejection has dropped them already."""
 
 
 def _digest(value: Any) -> str:
