@@ -163,7 +163,7 @@ def make_parcel(
         start (`int`): position of the first token.
         cache (`SpeculativeCache`): exchanged when a stage runs (see `placed`).
         last_position (`int`): positions are clamped to it.
-        own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not the package's.
+        own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not ours.
     """
     given = next(iter(inputs.values()))
     step = Step([start], given.shape[1], given.device)
