@@ -98,6 +98,14 @@ def test_a_folder_of_prompts_survives_a_kill(model, tmp_path):
     assert len(finished) == PROMPTS, "an answer was made twice"
     assert {json.loads(line)["name"] for line in finished} == set(names)
 
+    # one prompt more than before, and two processes: one of them has nothing to do
+    (folder / "zz.txt").write_text(text[-150:], encoding="utf-8")
+    more = start("generate_folder.py", 2, str(folder), str(out), *arguments)
+    assert more.wait(timeout=200) == 0, more.stdout.read()
+    written = [line for path in parts.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert sum(line.endswith("}") for line in written) == PROMPTS + 1, "an answer was made twice"
+    assert len(out.read_text().splitlines()) == PROMPTS + 1
+
 
 @pytest.mark.slow
 def test_a_process_that_outlived_its_launcher_keeps_the_next_run_away(model, tmp_path):

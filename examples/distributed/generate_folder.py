@@ -81,17 +81,17 @@ def answer_all(
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(state.device).eval()
     missing = [name for name in texts if name not in done]
-    with state.split_between_processes(missing) as mine:
-        for name in mine:
-            inputs = tokenizer(texts[name], return_tensors="pt").to(state.device)
-            output = loaded.generate(
-                **inputs,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                assistant_strategy=strategy,
-            )
-            answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            append(parts / f"{state.process_index}.jsonl", {"name": name, "answer": answer})
+    # not split_between_processes: accelerate 1.1 gives the last prompt to every process that would have none
+    for name in missing[state.process_index :: state.num_processes]:
+        inputs = tokenizer(texts[name], return_tensors="pt").to(state.device)
+        output = loaded.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            assistant_strategy=strategy,
+        )
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        append(parts / f"{state.process_index}.jsonl", {"name": name, "answer": answer})
     state.wait_for_everyone()
 
 
