@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import types
 import typing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,6 +21,12 @@ CONFIG_NAME = "specdec_config.json"
 ADAPTER_NAME = "specdec_adapter.safetensors"
 """File name of the tensors of an adapter, beside its config."""
 
+COMPILE_MODES = ("graphs", "inductor")
+"""Values of `compile`, beside `None`."""
+
+KERNELS = ("auto", "flash", "triton", "explicit", "sdpa")
+"""Values of `kernels`; `hf_specdec.kernels.choice` has what each one can't do."""
+
 logger = logging.get_logger(__name__)
 ConfigType = TypeVar("ConfigType", bound="SpeculationConfig")
 
@@ -35,18 +41,30 @@ class SpeculationConfig:
     Args:
         num_assistant_tokens (`int`, *optional*, defaults to 5): draft tokens per round and row. A value given to
             `generate()` or on `GenerationConfig` overrides it.
+        compile (`str`, *optional*): `"graphs"` captures the rounds' forwards as CUDA graphs, `"inductor"` compiles the
+            model around its attention (on CPU and CUDA). Neither changes a token; see docs/speed.md for what they
+            cost and where they pay. For the strategies plain, assisted, prompt_lookup, vegas and diversed.
+        kernels (`str`, *optional*, defaults to `"auto"`): what attends over the cache: `"triton"`, `"flash"`
+            (flash-attn; forwards whose scores are needed take the next best), `"sdpa"` or `"explicit"`; `"auto"`
+            takes the fastest that is there.
     """
 
     strategy: ClassVar[str] = ""
 
     num_assistant_tokens: int = 5
+    compile: str | None = field(default=None, kw_only=True)
+    kernels: str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
-        for field in fields(self):
-            _check_type(self, field.name, hints[field.name])
+        for own in fields(self):
+            _check_type(self, own.name, hints[own.name])
         if self.num_assistant_tokens < 1:
             raise ValueError(f"`num_assistant_tokens` must be at least 1, got {self.num_assistant_tokens}.")
+        for name, allowed in (("compile", (None, *COMPILE_MODES)), ("kernels", KERNELS)):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         self.validate()
 
     def validate(self) -> None:

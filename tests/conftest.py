@@ -8,9 +8,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+
+if not torch.cuda.is_available():  # before triton is imported, which reads it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import families
 import pytest
-import torch
 
 from hf_specdec.generation import spd
 

@@ -271,6 +271,7 @@ def view_of(rows: int, gamma: int, windows=(None, None), **options) -> tuple[Spe
 def target_forward(cache, view, starts, tags, last=None, generator=None):
     """One scoring forward with random scores; returns the scores by layer."""
     step = cache.begin(Step(starts, tags.shape[1], CPU, score=view, last=last))
+    view.begin(step.starts, step.last)
     metrics = {}
     for index in range(len(cache.layers)):
         keys, values = cache.update(states(tags), states(tags, offset=0.5), index)
@@ -278,6 +279,7 @@ def target_forward(cache, view, starts, tags, last=None, generator=None):
             shape = (len(starts), HEADS, step.high) if view.wanted[2] else (len(starts), step.high)
             metrics[index] = torch.rand(shape, generator=generator)
             view.take(index, metrics[index], step, keys, values)
+    view.finish(step)
     return metrics
 
 

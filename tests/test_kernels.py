@@ -11,7 +11,7 @@ from hf_specdec import _compat
 from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.integration import decoding_loop
-from hf_specdec.kernels import dispatch, explicit, packed, reference
+from hf_specdec.kernels import choice, dispatch, explicit, packed, reference
 from hf_specdec.kernels.step import Step
 
 
@@ -430,16 +430,11 @@ def test_a_module_without_a_layer_index_is_refused():
     [
         (1, {}, "explicit"),
         (16, {}, "explicit"),
-        (17, {}, "packed"),
-        (16, {"softcap": 2.0}, "explicit"),
-        (17, {"softcap": 2.0}, "pieces"),
-        (17, {"s_aux": True}, "pieces"),
+        (17, {}, "sdpa"),
+        (16, {"softcap": True}, "explicit"),
+        (17, {"softcap": True}, "explicit"),
+        (17, {"sinks": True}, "explicit"),
     ],
 )
 def test_which_kernel_is_chosen(m, rules, name):
-    rules = {"softcap": rules.get("softcap"), "sinks": torch.zeros(4) if rules.get("s_aux") else None}
-    chosen = dispatch._choose(torch.zeros(1, 4, m, 8), rules)
-    if name == "pieces":
-        assert chosen not in KERNELS.values()
-    else:
-        assert chosen is KERNELS[name]
+    assert choice.choose("auto", choice.Request("cpu", torch.float32, 64, 64, m, **rules)) == name

@@ -276,6 +276,7 @@ def construct(target_of_line, queries="first_last", positions=(10,)):
     step = Step([start], m, CPU, score=view)
     rule = {"scaling": 1.0, "score": view.wanted}
     _, metric = explicit.cached_attention(query, key, key, step, **rule)
+    view.begin(step.starts, step.last)
     view.take(0, metric, step, key, key)
     return set(view.chosen[0][0].tolist())
 

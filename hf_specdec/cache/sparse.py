@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
-from ..kernels.step import Step
+from ..kernels import choice
+from ..kernels.step import SideRange, Step, upload
 from .speculative import SpeculativeCache
 
 
@@ -69,12 +71,29 @@ class SparseView:
         self.chosen: dict[int, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        self._plan: Step | None = None
+        self._waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[Any, tuple[list[int], Any]] = {}
         self._columns: list[int] = []
         self._ends: list[int] = []
         self._memo: dict[object, torch.Tensor | None] = {}
 
     # scores of a target forward
+
+    def begin(self, starts: Sequence[int], last: Sequence[int]) -> None:
+        """Begin a selection: sizes per row, common to all layers."""
+        n = len(starts)
+        self.valid[:n] = [start + 1 for start in starts]
+        self.counts[:n] = [
+            self.budget(start + newest + 1, start + 1) for start, newest in zip(starts, last, strict=True)
+        ]
+        self.selections += sum(self.covered)
+        self._size(n)
+
+    def _size(self, n: int) -> None:
+        self.selected = max(self.counts[:n])
+        if self.selected + self.recents > self._width():
+            self.keys.clear()
+            self.values.clear()
 
     def wants(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` is scored: the layers that the view covers."""
@@ -83,46 +102,64 @@ class SparseView:
     def take(self, layer_idx: int, metric: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Choose the layer's tokens by `metric` `[n, S]` (or `[n, h_kv, S]`) and gather them from its storage."""
         with self.timed():
-            self._take(layer_idx, metric, step, keys, values)
+            self.chosen[layer_idx] = self._choose(metric, step)
+            if layer_idx not in self.keys:
+                self._allocate(layer_idx, keys, values)
+            self._waiting[layer_idx] = keys, values
+            if not self._at_once(keys):
+                self._gather(step)  # while the layer's keys are in the processor's cache
 
-    def _take(
-        self, layer_idx: int, metric: torch.Tensor, step: Step, keys: torch.Tensor, values: torch.Tensor
+    def finish(self, step: Step) -> None:
+        """Gather what is still to be gathered: by Triton all layers at once, as a launch costs more than a copy."""
+        with self.timed():
+            self._gather(step)
+
+    def _at_once(self, keys: torch.Tensor) -> bool:
+        request = choice.Request(keys.device.type, keys.dtype, keys.shape[3], keys.shape[3])
+        return choice.uses_triton(self.cache.kernels, request)
+
+    def _gather(self, step: Step) -> None:
+        waiting, self._waiting = self._waiting, {}
+        fed = min(step.width - 1, self.recents)
+        index = {
+            layer_idx: self._places(self.chosen[layer_idx], fed, step, keys)
+            for layer_idx, (keys, _) in waiting.items()
+        }
+        if waiting and self._at_once(next(iter(waiting.values()))[0]):
+            self._gather_at_once(index, waiting)
+            return
+        for layer_idx, picked in index.items():
+            rows = flat_rows(picked, waiting[layer_idx][0])
+            for side, storage in zip((self.keys[layer_idx], self.values[layer_idx]), waiting[layer_idx], strict=True):
+                gather_rows(storage, rows, side[: step.rows, :, : picked.shape[-1]])
+
+    def _gather_at_once(
+        self, index: dict[int, torch.Tensor], waiting: dict[int, tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
-        if self._plan is not step:
-            self._start(step)
-        chosen = self._choose(metric, step)
-        self.chosen[layer_idx] = chosen
-        self.selections += 1
-        if layer_idx not in self.keys:
-            self._allocate(layer_idx, keys, values)
-        n, fed = step.rows, min(step.width - 1, self.recents)
-        picked = flat_rows(chosen, keys)
-        recent = None
-        if fed and not step.uniform:
-            recent = step.memo(
-                ("fed", keys.device, keys.shape[:3]),
-                lambda: flat_rows(step.slots_on(keys.device)[:, 1 : 1 + fed], keys),
-            )
-        for side, storage in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
-            gather_rows(storage, picked, side[:n, :, : self.selected])
-            newest = side[:n, :, self.selected : self.selected + fed]
-            if recent is not None:
-                gather_rows(storage, recent, newest)
-            elif fed:
-                newest.copy_(storage[:, :, step.low + 1 : step.low + 1 + fed])
+        from ..kernels import triton_select  # triton is optional
 
-    def _start(self, step: Step) -> None:
-        """Begin a selection: sizes per row, common to all layers."""
-        self._plan = step
-        n = step.rows
-        self.valid[:n] = [start + 1 for start in step.starts]
-        self.counts[:n] = [
-            self.budget(start + last + 1, start + 1) for start, last in zip(step.starts, step.last, strict=True)
-        ]
-        self.selected = max(self.counts[:n])
-        if self.selected + self.recents > self._width():
-            self.keys.clear()
-            self.values.clear()
+        groups: dict[Any, list[int]] = {}
+        for layer_idx, (keys, _) in waiting.items():
+            groups.setdefault((keys.device, keys.shape[1]), []).append(layer_idx)
+        for group, layers in groups.items():
+            sources = [states for layer_idx in layers for states in waiting[layer_idx]]
+            targets = [side for layer_idx in layers for side in (self.keys[layer_idx], self.values[layer_idx])]
+            pointers = [states.data_ptr() for states in (*sources, *targets)]
+            # addresses are sent to the device only when they change, which they don't inside a captured forward
+            if self._tables.get(group, (None, None))[0] != pointers:
+                self._tables[group] = pointers, triton_select.addresses(sources, targets)
+            stacked = torch.stack([index[layer_idx] for layer_idx in layers])
+            table = self._tables[group][1]
+            triton_select.gather_layers(sources, targets, stacked, heads=group[1], table=table)
+
+    def _places(self, chosen: torch.Tensor, fed: int, step: Step, keys: torch.Tensor) -> torch.Tensor:
+        """Return the slots that fill a side buffer: the chosen ones, then those of the tokens fed after the first."""
+        if not fed:
+            return chosen
+        recent = step.slots_on(chosen.device)[:, 1 : 1 + fed]
+        if chosen.dim() == 3:
+            recent = recent[:, None].expand(-1, chosen.shape[1], -1)
+        return torch.cat([chosen, recent], dim=-1)
 
     def _width(self) -> int:
         return next((side.shape[2] for side in self.keys.values()), 0)
@@ -220,10 +257,19 @@ class SparseView:
                 self._memo[key] = bias[:, None, None].to(device)
         return self._memo[key]
 
+    def reads(self, layer_idx: int) -> SideRange:
+        """Return what each row reads, as numbers."""
+        device = self.keys[layer_idx].device
+        counts, ends = self._index("counts", device), self._index("ends", device)
+        return SideRange(counts, ends, self.selected)
+
     def _index(self, name: str, device: torch.device) -> torch.Tensor:
         if (name, device) not in self._memo:
-            values = list(range(len(self._columns))) if name == "rows" else self._columns
-            self._memo[name, device] = torch.tensor(values, device=device)
+            n = len(self._columns)
+            values = {
+                "rows": list(range(n)), "columns": self._columns, "counts": self.counts[:n], "ends": self._ends
+            }[name]  # fmt: skip
+            self._memo[name, device] = upload(values, device)
         found = self._memo[name, device]
         return found  # type: ignore[return-value]
 

@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import _compat
-from ..kernels.step import Step
+from ..kernels.step import Step, upload
 
 
 class SpeculativeLayer(CacheLayerMixin):
@@ -35,6 +35,7 @@ class SpeculativeLayer(CacheLayerMixin):
         self.rows, self.capacity, self.window = rows, capacity, window
         self.is_sliding = window is not None
         self.lengths: torch.Tensor = torch.zeros(rows, dtype=torch.int64)
+        self.longest = 0  # of `lengths`, known to the host
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate zeroed storage of the first states' head counts, head sizes, dtype and device."""
@@ -70,10 +71,10 @@ class SpeculativeLayer(CacheLayerMixin):
             keys[:, :, step.low : step.high] = key_states
             values[:, :, step.low : step.high] = value_states
         else:
-            rows, slots = torch.arange(step.rows, device=self.device)[:, None], step.slots_on(self.device)
+            rows, slots = torch.arange(step.rows, device=self.device)[:, None], step.writes_on(self.device)
             keys[rows, :, slots] = key_states.transpose(1, 2)
             values[rows, :, slots] = value_states.transpose(1, 2)
-        self.lengths = step.ends_on(self.device)
+        self.lengths, self.longest = step.ends_on(self.device), step.high
         return keys, values
 
     def swap(self, i: int, j: int) -> None:
@@ -87,8 +88,8 @@ class SpeculativeLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the longest row's length (stock code asks for one number; it waits for the device)."""
-        return int(self.lengths.max()) if len(self.lengths) else 0
+        """Return the longest row's length: stock code asks for one number, at every forward."""
+        return self.longest
 
     def get_max_length(self) -> int:
         """Return -1: the layer grows when needed."""
@@ -97,6 +98,7 @@ class SpeculativeLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest `-tokens_to_remove` tokens of every row (stock's sign: a count to remove, negative)."""
         self.lengths = (self.lengths - abs(tokens_to_remove)).clamp(min=0)
+        self.longest = max(0, self.longest - abs(tokens_to_remove))
 
 
 class SpeculativeCache(Cache):
@@ -106,6 +108,7 @@ class SpeculativeCache(Cache):
         windows (`list[int | None]`): per layer its sliding window, `None` for full attention.
         rows (`int`): rows of the batch.
         capacity (`int`): slots per row to allocate at first; more are allocated when needed.
+        kernels (`str`, *optional*, defaults to `"auto"`): what attends; see `kernels.choice`.
 
     Attributes:
         step (`Step`, *optional*): what the forward in progress does.
@@ -115,18 +118,29 @@ class SpeculativeCache(Cache):
 
     layers: list[SpeculativeLayer]  # type: ignore[assignment]
 
-    def __init__(self, windows: Sequence[int | None], rows: int, capacity: int) -> None:
+    def __init__(self, windows: Sequence[int | None], rows: int, capacity: int, kernels: str = "auto") -> None:
         super().__init__(layers=[SpeculativeLayer(rows, capacity, window) for window in windows])
         self.rows = rows
         self.step: Step | None = None
         self.exact_slices = False
+        self.kernels = kernels
 
     def begin(self, step: Step) -> Step:
         """Prepare for the forward that `step` describes, growing the storage where needed."""
         for layer in self.layers:
             layer.reserve(step.high)
+        return self.attach(step)
+
+    def attach(self, step: Step) -> Step:
+        """Make `step` the one in progress."""
         self.step = step
+        step.kernels = self.kernels
         return step
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Per layer its sliding window."""
+        return [layer.window for layer in self.layers]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -149,8 +163,8 @@ class SpeculativeCache(Cache):
         for layer in self.layers:
             device = layer.lengths.device
             if device not in tensors:
-                tensors[device] = torch.tensor(lengths, dtype=torch.int64, device=device)
-            layer.lengths = tensors[device]
+                tensors[device] = upload(lengths, device)
+            layer.lengths, layer.longest = tensors[device], max(lengths, default=0)
 
     def swap(self, i: int, j: int) -> None:
         """Exchange the rows i and j in every layer."""

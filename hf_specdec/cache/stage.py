@@ -25,15 +25,14 @@ class StageCache(SpeculativeCache):
 
     def __init__(self, whole: SpeculativeCache, begin: int, end: int) -> None:
         Cache.__init__(self, layers=[*whole.layers])
-        self.rows, self.step, self.exact_slices = whole.rows, None, False
+        self.rows, self.step, self.exact_slices, self.kernels = whole.rows, None, False, whole.kernels
         self.own = whole.layers[begin:end]
 
     def begin(self, step: Step) -> Step:
         """Prepare for the forward that `step` describes, growing the stage's storage where needed."""
         for layer in self.own:
             layer.reserve(step.high)
-        self.step = step
-        return step
+        return self.attach(step)
 
     @property
     def length(self) -> int:
@@ -43,7 +42,7 @@ class StageCache(SpeculativeCache):
     def rewind(self, length: int) -> None:
         """Make every layer of the stage hold `length` tokens: an absolute length, not a count to remove."""
         for layer in self.own:
-            layer.lengths = layer.lengths.new_full((1,), length)
+            layer.lengths, layer.longest = layer.lengths.new_full((1,), length), length
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens that the stage holds, whatever layer stock code names: it means the model's first."""

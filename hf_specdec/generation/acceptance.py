@@ -31,6 +31,11 @@ class Verdict(NamedTuple):
     accepted: torch.Tensor
     tokens: torch.Tensor
 
+    def on_host(self) -> Verdict:
+        """Return the same on the CPU, by one transfer: the only time in a round that the host waits for the device."""
+        both = torch.cat([self.accepted[:, None], self.tokens], dim=1).cpu()
+        return Verdict(both[:, 0], both[:, 1:])
+
 
 def _assemble(drafts: torch.Tensor, accepted: torch.Tensor, following: torch.Tensor) -> Verdict:
     tokens = torch.cat([drafts, following[:, None]], dim=1)

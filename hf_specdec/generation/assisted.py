@@ -47,6 +47,7 @@ class AssistedStrategy(SpeculationStrategy):
     config_class = AssistedConfig
     paper = "https://arxiv.org/abs/2211.17192"
     needs_assistant = True
+    compiles = True
     config: AssistedConfig
 
     def make_drafter(self) -> Drafter:
@@ -54,4 +55,5 @@ class AssistedStrategy(SpeculationStrategy):
         if self.config.adapter is not None and self.assistant_model is not None:
             raise ValueError("`assistant_model` and `adapter` both name a draft model; give one of them.")
         source = self.config.adapter or self.assistant_model
-        return AssistantDrafter(cast("PreTrainedModel | str", source), self.config.num_assistant_tokens)
+        limit = self.config.num_assistant_tokens
+        return AssistantDrafter(cast("PreTrainedModel | str", source), limit, settings=self.config)

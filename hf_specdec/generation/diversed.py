@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration import SpeculationConfig
+from ..kernels.step import upload
 from . import acceptance
 from .drafting import AssistantDrafter, chosen_drafter
 from .ensemble_head import DiversedHead, load_head
@@ -111,6 +112,7 @@ class DiversedStrategy(SpeculationStrategy):
     """Draft as configured, verify against the mixture."""
 
     config_class = DiversedConfig
+    compiles = True
     paper = "https://arxiv.org/abs/2604.07622"
     needs_assistant = True
     presets = {
@@ -127,7 +129,7 @@ class DiversedStrategy(SpeculationStrategy):
     def make_drafter(self) -> Drafter:
         """Return the configured drafter, the assistant's by default."""
         chosen = self.config.drafter
-        drafter = chosen_drafter(chosen, self.assistant_model, self.config.num_assistant_tokens)
+        drafter = chosen_drafter(chosen, self.assistant_model, self.config)
         name = "assisted" if chosen is None else chosen.strategy
         if self.config.adapter is not None and not drafter.gives_hidden:
             raise ValueError(
@@ -168,7 +170,8 @@ class DiversedStrategy(SpeculationStrategy):
         """Return the target's weights, `[...]` for hidden states `[..., H]`, or a scalar for a fixed weight."""
         config = self.config
         if self.head is None:
-            weight = torch.tensor(_DEFAULT_WEIGHT if config.weight is None else config.weight, device=state.device)
+            fixed = _DEFAULT_WEIGHT if config.weight is None else config.weight
+            weight = torch.full((), fixed, device=state.device)
         else:
             head = self.head.to(state.device)
             seen = [cast(torch.Tensor, hidden).to(state.device) for hidden in (draft, target)]
@@ -195,7 +198,7 @@ class DiversedStrategy(SpeculationStrategy):
         """Judge the drafts against the mixture, at the positions that predict them."""
         scores = state.process(target.logits, draft.tokens)
         p, tokens, k = state.law(scores), draft.tokens, draft.tokens.shape[1]
-        counts = torch.tensor(draft.counts, device=p.device)
+        counts = upload(draft.counts, p.device)
         q = draft.law if draft.law is not None else torch.zeros_like(p[:, :k]).scatter_(2, tokens[..., None], 1.0)
         states = None if target.hidden is None else target.hidden[:, :k]
         w = self.weights(state, draft.hidden, states).expand(tokens.shape) if k else p.new_zeros(tokens.shape)
@@ -220,7 +223,8 @@ class DiversedStrategy(SpeculationStrategy):
         else:
             verdict = acceptance.greedy_match(tokens, counts, judge.argmax(dim=-1))
         self._count(state, p[:, :k], q, w, torch.minimum(accepted + 1, counts))
-        stayed = accepted.tolist()
+        verdict = verdict.on_host()
+        stayed = verdict.accepted.tolist()
         return StepResult(verdict.tokens, [count + 1 for count in stayed], draft.counts, stayed, target.logits, scores)
 
     def _bonus_law(
@@ -246,9 +250,13 @@ class DiversedStrategy(SpeculationStrategy):
             return
         real = (torch.arange(p.shape[1], device=p.device) < tested[:, None]).double()
         tv = (p - q).abs().sum(dim=-1) / 2
-        # masked sums and one transfer: picking the real ones would make the host wait once more each
+        # masked sums that stay where they are: picking the real ones would make the host wait
         sums = [(real * value).sum() for value in (torch.ones_like(tv), w, tv, (1 - w) * tv)]
-        self.sums += torch.stack(sums).cpu()
+        self.sums = self.sums.to(p.device) + torch.stack(sums)
+
+    def close(self, state: DecodingState) -> None:
+        """Report the method's means, and release what `setup` took."""
+        super().close(state)
         count, *totals = self.sums.tolist()
         names = ("mean_weight", "mean_tv", "mean_bias")
         means = {name: total / max(count, 1) for name, total in zip(names, totals, strict=True)}

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
-from . import admission
+from ..kernels.step import upload
+from . import admission, programs
 from .draft_model import load_draft
 from .registry import strategy_class
 from .runner import ModelRunner
@@ -32,22 +33,17 @@ class Reader:
         runner.cache.set_lengths(known)
 
     @classmethod
-    def read_prompts(
-        cls, state: DecodingState, model: PreTrainedModel, capacity: int, windows: list[int | None], layers: int | None
-    ) -> Reader:
+    def read_prompts(cls, state: DecodingState, runner: ModelRunner) -> Reader:
         """Return a reader that has read all prompt tokens but the last one, with the model's own attention.
 
         Args:
-            capacity (`int`): slots per row.
-            windows (`list[int | None]`): per layer its sliding window.
-            layers (`int`, *optional*): layers whose attention runs; all by default.
+            runner (`ModelRunner`): the model with an empty cache.
 
         Raises:
             ValueError: if an earlier turn's cache was given with the new tokens only. It holds the target's states, so
                 the reader has to read the whole text.
         """
         check_whole_text(state)
-        runner = ModelRunner(model, SpeculativeCache(windows, len(state.active), capacity), state.max_length, layers)
         ends = [state.prompt.lengths[row] - 1 for row in state.active]
         if max(ends):
             tokens = state.text[state.active][:, : max(ends)].to(runner.device)
@@ -67,7 +63,7 @@ class Reader:
             self.known = known
         width = max(end - min(known, end - 1) for end, known in zip(ends, self.known, strict=False))
         text = torch.cat([state.tail(width), drafts], dim=1)
-        places = torch.tensor(counts, device=text.device)[:, None] + torch.arange(width, device=text.device)
+        places = upload(counts, text.device)[:, None] + torch.arange(width, device=text.device)
         return text.gather(1, places), [end - width for end in ends]
 
     def commit(self, state: DecodingState) -> None:
@@ -98,14 +94,23 @@ class AssistantDrafter(Drafter):
         model (`PreTrainedModel` or `str`): the assistant, or where one is saved that was cut from the target.
         num_assistant_tokens (`int`): draft tokens per round at most.
         stop (`float`, *optional*, defaults to 0.0): a row stops drafting after a token of less probability.
+        settings (`SpeculationConfig`, *optional*): the strategy's, for how the assistant is run.
     """
 
     gives_hidden = True
     looks_ahead = True
+    compiles = True
     limit: int
 
-    def __init__(self, model: PreTrainedModel | str, num_assistant_tokens: int, stop: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        num_assistant_tokens: int,
+        stop: float = 0.0,
+        settings: SpeculationConfig | None = None,
+    ) -> None:
         self.source, self.limit, self.stop = model, num_assistant_tokens, stop
+        self.settings = SpeculationConfig() if settings is None else settings
         self.model: PreTrainedModel
         self.reader: Reader
 
@@ -113,6 +118,7 @@ class AssistantDrafter(Drafter):
         """Load the assistant where it has to be, and check that it can draft for `model`."""
         self.model = load_draft(model, self.source) if isinstance(self.source, str) else self.source
         admission.check_assistant(model, self.model)
+        programs.check(self.settings.compile, self.settings.kernels, self.model, "assistant_model")
 
     def setup(self, state: DecodingState) -> None:
         """Note the target's vocabulary, and refuse a text that the assistant can't read."""
@@ -122,9 +128,14 @@ class AssistantDrafter(Drafter):
     def prefill(self, state: DecodingState) -> None:
         """Read all prompt tokens but the last one with the assistant's own attention."""
         windows = admission.layer_windows(self.model, "assistant_model")
-        self.reader = Reader.read_prompts(state, self.model, state.max_length + self.limit + 1, windows, None)
+        capacity = state.max_length + self.limit + 1
+        cache = SpeculativeCache(windows, len(state.active), capacity, state.target.cache.kernels)
+        # a round begins with the newest token, and after drafts that were all accepted with the last one before it
+        runner = programs.make_runner(self.settings.compile, self.model, cache, state.max_length, widths=[1, 2])
+        self.reader = Reader.read_prompts(state, runner)
         state.followers.append(self.reader)
         state.contexts.enter_context(speculative_attention(self.model))
+        runner.warm_up(state.pending, self.reader.known, hidden=self.hidden)
 
     def propose(self, state: DecodingState) -> Draft:
         """Draft up to the limit, all rows in lock-step; the first forward also reads what the cache lacks."""
@@ -180,6 +191,7 @@ class NoDrafter(Drafter):
     """Drafts nothing."""
 
     law = "point"
+    compiles = True
 
     def propose(self, state: DecodingState) -> Draft:
         """Return no drafts."""
@@ -187,19 +199,29 @@ class NoDrafter(Drafter):
 
 
 def chosen_drafter(
-    chosen: SpeculationConfig | None,
-    assistant: PreTrainedModel | None,
-    num_assistant_tokens: int,
-    stop: float = 0.0,
+    chosen: SpeculationConfig | None, assistant: PreTrainedModel | None, settings: SpeculationConfig, stop: float = 0.0
 ) -> Drafter:
     """Return the drafter that a config's field `drafter` names, the assistant's by default.
 
+    Args:
+        chosen (`SpeculationConfig`, *optional*): the field.
+        assistant (`PreTrainedModel`, *optional*): what was passed as `assistant_model`.
+        settings (`SpeculationConfig`): the config that has the field; its shared fields apply to the drafter too.
+        stop (`float`, *optional*, defaults to 0.0): as for `AssistantDrafter`.
+
     Raises:
-        ValueError: for a strategy that doesn't draft apart from verifying, or can't stop early where it should.
+        ValueError: for a strategy that doesn't draft apart from verifying, can't stop early where it should, or has
+            shared fields of its own.
     """
+    shared = {name: getattr(settings, name) for name in ("num_assistant_tokens", "compile", "kernels")}
     if chosen is None:
-        return AssistantDrafter(cast(PreTrainedModel, assistant), num_assistant_tokens, stop)
-    chosen = chosen.override(num_assistant_tokens=num_assistant_tokens)
+        return AssistantDrafter(cast(PreTrainedModel, assistant), settings.num_assistant_tokens, stop, settings)
+    for name, neutral in (("compile", None), ("kernels", "auto")):
+        if getattr(chosen, name) not in (neutral, shared[name]):
+            raise ValueError(
+                f"`drafter.{name}={getattr(chosen, name)!r}`: set `{name}` beside `drafter`, it counts for both."
+            )
+    chosen = chosen.override(**shared)
     drafter = strategy_class(chosen.strategy)(chosen, assistant).drafter
     if drafter is None:
         raise ValueError(f"`drafter` must be a strategy that drafts, got {chosen.strategy!r}.")

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .. import _compat
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
-from . import admission
+from . import admission, programs
 from .output import Emitter
 from .processors import ProcessorChain
 from .prompt import Prompt
@@ -134,6 +134,7 @@ class DecodingLoop:
         windows = admission.layer_windows(model)
         admission.check_config(generation_config)
         admission.check_call(model, model_kwargs, synced_gpus)
+        programs.check(self.config.compile, self.config.kernels, model)
         strategy.prepare(model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])
         width = _compat.cached_mask_length(generation_config)
@@ -190,7 +191,7 @@ class DecodingLoop:
     ) -> tuple[ModelRunner, list[int]]:
         """Decode `rows` together until all are finished; return the runner and the row in each storage slot."""
         cache = strategy.make_cache(state, len(rows))
-        state.begin(rows, ModelRunner(state.model, cache, state.max_length), emitter.eos)
+        state.begin(rows, strategy.make_runner(state, cache), emitter.eos)
         retired: list[int] = []
         with state.contexts:
             state.contexts.callback(strategy.close, state)

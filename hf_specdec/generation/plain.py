@@ -27,3 +27,4 @@ class PlainStrategy(SpeculationStrategy):
     """Decode without drafts."""
 
     config_class = PlainConfig
+    compiles = True

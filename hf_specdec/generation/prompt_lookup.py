@@ -43,6 +43,7 @@ class PromptLookupConfig(SpeculationConfig):
 class LookupDrafter(Drafter):
     """Drafts what followed the newest n-gram at an earlier place in the row's text."""
 
+    compiles = True
     law = "point"
     limit: int
 
@@ -76,6 +77,7 @@ class PromptLookupStrategy(SpeculationStrategy):
     """Draft by look-up, verify losslessly."""
 
     config_class = PromptLookupConfig
+    compiles = True
     paper = "https://arxiv.org/abs/2304.04487"
     config: PromptLookupConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -37,6 +37,9 @@ class ModelRunner:
         layers (`int`, *optional*): layers whose attention runs; all of the cache's by default.
     """
 
+    fixed: ClassVar[bool] = False
+    """Whether forwards have fixed shapes, so that what they read must have them too."""
+
     def __init__(
         self, model: PreTrainedModel, cache: SpeculativeCache, max_length: int, layers: int | None = None
     ) -> None:
@@ -62,8 +65,13 @@ class ModelRunner:
             RuntimeError: if the model did not run every layer's attention through the package (first forward only).
         """
         step = self.cache.begin(Step(starts, tokens.shape[1], self.device, **options))
-        with head_input(self.model, hidden) as seen:
-            output = self.model(**self.inputs(tokens, step), return_dict=True)
+        if step.score is not None:
+            step.score.begin(step.starts, step.last)
+        return self.call(tokens, step, hidden)
+
+    def call(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
+        """Run the model over `tokens` `[n, m]` for a `step` that has begun, and tell who watches it."""
+        result = self.run_model(tokens, step, hidden)
         if not self._checked:
             if step.layers_seen != self.layers or step.layers_attended != self.layers:
                 raise RuntimeError(
@@ -71,7 +79,18 @@ class ModelRunner:
                     f"and {step.layers_attended} attended through hf_specdec, so `assistant_strategy` can't run it."
                 )
             self._checked = True
+        if step.score is not None:
+            step.score.finish(step)
+        return result
+
+    def run_model(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
+        """Run the model over `tokens` `[n, m]`, which lie where `step` says."""
+        with head_input(self.model, hidden) as seen:
+            output = self.model(**self.inputs(tokens, step), return_dict=True)
         return Forward(output.logits, seen[0] if hidden else None)
+
+    def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], **options: Any) -> None:
+        """Make ready what a round's forwards need, by feeding again what was just fed; nothing by default."""
 
     def inputs(self, tokens: torch.Tensor, step: Step) -> dict[str, Any]:
         """Return the keywords of the model's forward over `tokens` `[n, m]`, which lie where `step` says."""

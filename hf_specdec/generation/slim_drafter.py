@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..cache.speculative import SpeculativeCache
 from . import acceptance
 from .acceptance import ACCEPT, ESCALATE, REGENERATE
 from .drafting import Reader
@@ -106,7 +107,9 @@ class SlimVerifier:
         if not self.shared:
             layers = self.units.attentions(self.found.keep)
             with state.timed("prefill"):
-                self.reader = Reader.read_prompts(state, self.model(state.model), capacity, state.windows, layers)
+                cache = SpeculativeCache(state.windows, len(state.active), capacity, state.target.cache.kernels)
+                runner = ModelRunner(self.model(state.model), cache, state.max_length, layers)
+                self.reader = Reader.read_prompts(state, runner)
             state.followers.append(self.reader)
 
     def attach(self, state: DecodingState) -> None:

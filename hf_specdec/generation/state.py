@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..kernels.dispatch import speculative_attention
+from ..kernels.step import upload
 from .processors import ProcessorChain
 from .prompt import Prompt
 from .runner import Forward, ModelRunner
@@ -101,8 +102,7 @@ class DecodingState:
 
     def tail(self, width: int) -> torch.Tensor:
         """Return the newest `width` tokens of each slot, `[n, width]`."""
-        rows = torch.tensor(self.active, device=self.device)[:, None]
-        ends = torch.tensor(self.committed, device=self.device)[:, None]
+        rows, ends = upload([self.active, self.committed], self.device)[..., None]
         return self.text[rows, ends + torch.arange(-width, 0, device=self.device)]
 
     def draft_room(self, limit: int) -> list[int]:
@@ -196,7 +196,9 @@ class DecodingState:
             self.target.extend(tokens, cached, ends, chunk or _EXTEND_CHUNK)
         cache.set_lengths(ends)
         last = tokens.gather(1, torch.tensor(ends, device=tokens.device)[:, None])
-        return self.target.forward(last, ends, **options)
+        first = self.target.forward(last, ends, **options)
+        self.target.warm_up(last, ends, **options)
+        return first
 
     # what the loop does
 
@@ -207,7 +209,7 @@ class DecodingState:
     def write(self, row: int, tokens: Sequence[int]) -> None:
         """Append `tokens` to `row`."""
         column, position = self.columns[row], self.columns[row] - self.offsets[row]
-        new = torch.tensor(tokens, dtype=self.ids.dtype, device=self.device)
+        new = upload(tokens, self.device)
         self.ids[row, column : column + len(tokens)] = new
         self.text[row, position : position + len(tokens)] = new
         self.columns[row] += len(tokens)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
-from . import acceptance
-from .runner import Forward
+from ..kernels.step import upload
+from . import acceptance, programs
+from .runner import Forward, ModelRunner
 
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class StepResult:
     """What one step decided.
 
     Args:
-        tokens (`torch.Tensor` of shape `[n, m]`, int64): per row its new tokens, in order.
+        tokens (`torch.Tensor` of shape `[n, m]`, int64): per row its new tokens, in order; best on the CPU, where
+            they are read.
         counts (`list[int]`): how many of them are real; 0 is allowed.
         drafted (`list[int]`): draft tokens that the step judged.
         accepted (`list[int]`): how many of those stayed.
@@ -75,6 +77,7 @@ class Drafter:
     law: ClassVar[str] = "dense"  # "dense" (a full law per token), "sub" (mass below 1) or "point"
     gives_hidden: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
+    compiles: ClassVar[bool] = False  # as for strategies
     needs_target_pass_every_round: ClassVar[bool] = False
 
     hidden: bool = False
@@ -135,6 +138,7 @@ class SpeculationStrategy:
     needs_adapter: ClassVar[bool] = False
     batched: ClassVar[bool] = True  # False: the loop decodes the rows in turn
     reads_prompt: ClassVar[bool] = False  # True: it learns from running the prompt, so a cache that is given costs it
+    compiles: ClassVar[bool] = False  # True: all its forwards are the runners', so that `compile` may change them
     hidden: bool = False
     """Whether the target's forwards return the LM head's input."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
@@ -151,6 +155,11 @@ class SpeculationStrategy:
         self.config = config
         self.assistant_model = assistant_model
         self.drafter: Drafter | None = self.make_drafter()
+        if config.compile is not None and not (self.compiles and (self.drafter is None or self.drafter.compiles)):
+            raise ValueError(
+                f"`compile={config.compile!r}` is not available for the strategy {name!r} under these settings: it "
+                "runs parts of the model by itself. Allowed: None."
+            )
 
     @property
     def lossless(self) -> bool:
@@ -183,7 +192,12 @@ class SpeculationStrategy:
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return the target's storage for `rows` rows."""
         capacity = state.max_length + self.config.num_assistant_tokens + 1
-        return SpeculativeCache(state.windows, rows, capacity)
+        return SpeculativeCache(state.windows, rows, capacity, self.config.kernels)
+
+    def make_runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
+        """Return what runs the target over `cache`."""
+        widths = [1] if self.drafter is None else [1, self.config.num_assistant_tokens + 1]
+        return programs.make_runner(self.config.compile, state.model, cache, state.max_length, widths=widths)
 
     def setup(self, state: DecodingState) -> None:
         """Prepare for the active rows, before their prompts are run."""
@@ -210,12 +224,13 @@ class SpeculationStrategy:
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""
         scores = state.process(target.logits, draft.tokens)
-        counts = torch.tensor(draft.counts, device=scores.device)
+        counts = upload(draft.counts, scores.device)
         if state.do_sample:
             law = torch.softmax(scores, dim=-1)
             verdict = acceptance.speculative_sample(draft.tokens, counts, law, draft.law)
         else:
             verdict = acceptance.greedy_match(draft.tokens, counts, scores.argmax(dim=-1))
+        verdict = verdict.on_host()
         accepted = verdict.accepted.tolist()
         return StepResult(
             verdict.tokens, [count + 1 for count in accepted], draft.counts, accepted, target.logits, scores

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..cache.fixed import FixedView
 from ..cache.sparse import SparseView
 from ..configuration import SpeculationConfig
 from .state import DecodingState
@@ -99,6 +100,7 @@ class VegasConfig(SpeculationConfig):
 class VegasDrafter(Drafter):
     """Drafts with the target itself, over a `SparseView` of its cache."""
 
+    compiles = True
     needs_target_pass_every_round = True  # which chooses what the next drafts read
 
     def __init__(self, config: VegasConfig) -> None:
@@ -111,7 +113,10 @@ class VegasDrafter(Drafter):
         sinks = config.num_sink
         if sinks is None:
             sinks = _WINDOW_SINKS if config.selection == "window" else 0
-        self.view = SparseView(
+        options: dict[str, Any] = {"timed": lambda: state.timed("select")}
+        if state.target.fixed:  # selection is a part of the captured verification, and not timed apart
+            options = {"longest": state.max_length}
+        self.view = (FixedView if state.target.fixed else SparseView)(
             state.target.cache,
             len(state.active),
             config.budget,
@@ -120,7 +125,7 @@ class VegasDrafter(Drafter):
             sinks=sinks,
             locals_=config.num_recent,
             by_position=config.selection == "window",
-            timed=lambda: state.timed("select"),
+            **options,
         )
         if not any(self.view.covered):
             logger.warning_once(
@@ -188,6 +193,7 @@ class VegasStrategy(SpeculationStrategy):
     """Draft sparsely, verify densely, choose from the verification's attention."""
 
     config_class = VegasConfig
+    compiles = True
     paper = "https://arxiv.org/abs/2602.07223"
     presets = {
         "": {},

@@ -257,7 +257,7 @@ class ViaSDStrategy(SpeculationStrategy):
             return SlimDrafter(config, NoDrafter())
         if isinstance(chosen, str):
             chosen = preset(chosen)
-        inner = chosen_drafter(chosen, self.assistant_model, config.num_assistant_tokens, config.draft_stop)
+        inner = chosen_drafter(chosen, self.assistant_model, config, config.draft_stop)
         if config.tiered and inner.needs_target_pass_every_round:
             name = chosen.strategy if chosen is not None else "assisted"
             raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -18,14 +18,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _compat
-from . import explicit, packed
+from . import choice, opaque
 from .step import Step
 
 
 ATTENTION = "hf_specdec"
 _ALLOWED_TENSORS = {"position_ids", "s_aux", "cache_position"}
-_EXPLICIT_QUERIES = 16
-"""Queries per row up to which explicit attention is chosen on CPU; more would hold too large a score tensor."""
 
 
 class MaskSpec:
@@ -42,9 +40,12 @@ class MaskSpec:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
 
 
-def mask_function(**arguments: Any) -> MaskSpec:
-    """Registered with `AttentionMaskInterface`: keep the request instead of building an O(S) mask at every step."""
-    return MaskSpec(arguments)
+def mask_function(**arguments: Any) -> MaskSpec | None:
+    """Registered with `AttentionMaskInterface`: keep the request instead of building an O(S) mask at every step.
+
+    While a forward is being compiled nothing is kept: windows were learnt before, see `opaque`.
+    """
+    return None if torch.compiler.is_compiling() else MaskSpec(arguments)
 
 
 def attention_function(
@@ -57,7 +58,7 @@ def attention_function(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    specdec_step: Step | None = None,
+    specdec_step: Step | torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Registered with `AttentionInterface`; signature and layouts are its convention.
@@ -66,7 +67,8 @@ def attention_function(
         query (`torch.Tensor` of shape `[n, h_q, m, d]`): queries, positions encoded.
         key, value (`torch.Tensor` of shape `[n, h_kv, S, d]`): what `SpeculativeCache.update` returned.
         attention_mask (`MaskSpec` or mask): from `mask_function`.
-        specdec_step (`Step`, *optional*): the forward's step; without it the model's own implementation runs.
+        specdec_step (`Step` or `torch.Tensor`, *optional*): the forward's step, or the number of an `opaque.Entry`;
+            without it the model's own implementation runs.
 
     Returns:
         The output `[n, m, h_q, d_v]`, and `None` for the weights.
@@ -76,31 +78,13 @@ def attention_function(
     """
     if specdec_step is None:
         return _original(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
-    step, layer_idx = specdec_step, cast(int, getattr(module, "layer_idx", None))
-    step.layers_attended += 1
-    window = _admit(module, layer_idx, attention_mask, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rules: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
-    if step.view is not None and step.view.covers(layer_idx):
-        output = explicit.side_attention(query, key, value, step.view.bias(layer_idx, query.dtype), **rules)
-        return output.transpose(1, 2), None
-    score = step.score if step.score is not None and step.score.wants(layer_idx) else None
-    rules |= {"window": window, "score": score.wanted if score is not None else None}
-    output, metric = _choose(query, rules)(query, key, value, step, **rules)
-    if score is not None and metric is not None:
-        score.take(layer_idx, metric, step, key, value)
-    return output.transpose(1, 2), None
-
-
-def _choose(query: torch.Tensor, rules: dict[str, Any]) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return the implementation for these arguments: explicit where it is faster, or the only one that can."""
-    needs_scores_tensor = rules["softcap"] is not None or rules["sinks"] is not None
-    few = query.shape[2] <= _EXPLICIT_QUERIES
-    if needs_scores_tensor:
-        return explicit.cached_attention if few else packed.in_pieces(explicit.cached_attention, _EXPLICIT_QUERIES)
-    if few and query.device.type == "cpu":
-        return explicit.cached_attention
-    return packed.cached_attention
+    layer_idx = cast(int, getattr(module, "layer_idx", None))
+    if isinstance(specdec_step, torch.Tensor):  # a forward that is compiled: the step is only named
+        return opaque.attend(specdec_step, layer_idx, query, key, value, **rules).transpose(1, 2), None
+    specdec_step.windows[layer_idx] = _admit(module, layer_idx, attention_mask, kwargs)
+    return choice.attend_layer(query, key, value, specdec_step, layer_idx, rules).transpose(1, 2), None
 
 
 def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: dict[str, Any]) -> int | None:

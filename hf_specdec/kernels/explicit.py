@@ -105,18 +105,17 @@ def token_scores(source: torch.Tensor, step: Step, score: tuple[str, str, bool])
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     dims = (2, 3) if per_head else (1, 2, 3)
     heads = source.shape[2] * (1 if per_head else source.shape[1])
-    last = step.last[0]
-    if all(index == last for index in step.last):
+    last = step.same_last
+    if last is not None:
         chosen = {"first_last": [0, last] if last else [0], "last": [last], "all": list(range(last + 1))}[queries]
         # evenly spaced rows as a strided view: one reduction, no copy
         spaced = source[:, :, :, chosen[0] : chosen[-1] + 1 : max(1, chosen[-1]) if queries == "first_last" else 1]
         return spaced.sum(dims, dtype=dtype).div_(heads * len(chosen))
-    share = torch.zeros(source.shape[0], source.shape[3], dtype=dtype)
-    for row, index in enumerate(step.last):
-        picked = {"first_last": sorted({0, index}), "last": [index], "all": list(range(index + 1))}[queries]
-        share[row, picked] = 1 / (heads * len(picked))
-    share = share.to(source.device)[:, None, None, :, None]
-    return (source.to(dtype) * share).sum(dims)
+    index = torch.arange(source.shape[3], device=source.device)
+    newest = step.last_on(source.device)[:, None]
+    picked = {"first_last": (index == 0) | (index == newest), "last": index == newest, "all": index <= newest}[queries]
+    share = picked.to(dtype) / (heads * picked.sum(dim=1, keepdim=True))
+    return (source.to(dtype) * share[:, None, None, :, None]).sum(dims)
 
 
 def side_attention(

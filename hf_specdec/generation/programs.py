@@ -1,0 +1,307 @@
+"""Forwards without launches: captured as CUDA graphs, or compiled by inductor. Neither changes a token.
+
+A strategy's rounds consist of few kinds of forwards: a draft of one token, a verification of fixed width.
+`GraphRunner` captures each kind once, on buffers of fixed shape, and runs it again with other numbers in them; rows
+that finish stay in it, idle. `InductorRunner` compiles the model around its attention. A forward of another kind runs
+as always.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cache.speculative import SpeculativeCache
+from ..kernels import choice
+from ..kernels.opaque import EmptyCache, Entry
+from ..kernels.step import StaticStep, Step
+from .runner import Forward, ModelRunner, head_input
+
+
+Recorder = Callable[[Callable[[], Forward], Any], "tuple[Forward, Callable[[], None]]"]
+
+
+def cuda_graph(run: Callable[[], Forward], pool: Any) -> tuple[Forward, Callable[[], None]]:
+    """Capture `run` as a CUDA graph; return its result's tensors, and what fills them anew."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries allocate and choose at their first calls, which may not be captured
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+    return result, graph.replay
+
+
+RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
+"""How a forward is captured, by the type of the device."""
+
+
+class Program:
+    """One kind of forward, captured.
+
+    Args:
+        runner (`GraphRunner`): whose model and cache it uses.
+        width (`int`): tokens per row.
+        hidden (`bool`): return the LM head's input too.
+        score (`ScoreSink`, *optional*): as for `Step`.
+        view (`DraftView`, *optional*): as for `Step`.
+    """
+
+    def __init__(self, runner: GraphRunner, width: int, hidden: bool, score: Any, view: Any) -> None:
+        self.runner, self.hidden, self.width = runner, hidden, width
+        cache, device = runner.cache, runner.device
+        self.tokens = torch.zeros(cache.rows, width, dtype=torch.int64, device=device)
+        self.step = StaticStep(cache.rows, width, cache.layers[0].capacity, device, score, view)
+        self._result: Forward
+        self._again: Callable[[], None] | None = None
+
+    def _run(self) -> Forward:
+        self.step.forget()
+        self.runner.cache.attach(self.step)
+        return self.runner.call(self.tokens, self.step, self.hidden)
+
+    def _record(self) -> Callable[[], None]:
+        try:
+            self._result, again = RECORDERS[self.runner.device.type](self._run, self.runner.pool)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"`compile='graphs'`: {type(self.runner.model).__name__}'s forward can't be captured: it waits for "
+                "the device, as experts do that run one after the other, or changes its course by what it computes. "
+                "Leave `compile` out, or choose another `experts_implementation`."
+            ) from error
+        return again
+
+    def __call__(self, tokens: torch.Tensor, starts: Sequence[int], last: Sequence[int]) -> Forward:
+        """Run it for the active rows' `tokens` `[n, m]`, m at most the width; arguments as for `Step`."""
+        n, m = tokens.shape
+        self.tokens[:n, :m].copy_(tokens)
+        self.step.move(starts, last)
+        if self._again is None:
+            self._again = self._record()
+        self._again()
+        # copies, because the next run writes the same memory
+        logits, hidden = self._result
+        return Forward(logits[:n, :m].clone(), None if hidden is None else hidden[:n, :m].clone())
+
+
+class GraphRunner(ModelRunner):
+    """Runs `model` over `cache` by captured forwards; see `ModelRunner` for the arguments.
+
+    Args:
+        widths (`list[int]`): tokens per row of the forwards to capture, rising. A narrower forward is padded to the
+            next one, a wider one runs uncaptured; forwards that score are padded to the widest.
+    """
+
+    fixed = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: SpeculativeCache,
+        max_length: int,
+        layers: int | None = None,
+        widths: Sequence[int] = (1,),
+    ) -> None:
+        super().__init__(model, cache, max_length, layers)
+        self.widths = sorted(set(widths))
+        self.programs: dict[Any, Program] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._storage: list[int] = []
+
+    def forward(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> Forward:
+        """Feed `tokens` `[n, m]`; as `ModelRunner.forward`, by a captured forward of this kind where there may be one.
+
+        The first forward runs uncaptured, since it makes the storage.
+        """
+        m, score, view = tokens.shape[1], options.get("score"), options.get("view")
+        width = next((w for w in (self.widths if score is None else self.widths[-1:]) if w >= m), None)
+        if width is None or not self._checked:
+            return super().forward(tokens, starts, hidden=hidden, **options)
+        last = options.get("last") or [m - 1] * len(starts)
+        if score is not None:
+            score.begin(starts, last)
+        return self._program(width, hidden, score, view)(tokens, starts, last)
+
+    def _program(self, width: int, hidden: bool, score: Any, view: Any) -> Program:
+        storage = [layer.keys.data_ptr() for layer in self.cache.layers if layer.is_initialized]
+        if storage != self._storage:  # it has grown: what was captured writes memory that is no longer ours
+            self.programs.clear()
+            self._storage = storage
+        key = (width, hidden, score is not None, view is not None)
+        if key not in self.programs:
+            self.programs[key] = Program(self, width, hidden, score, view)
+        return self.programs[key]
+
+    def warm_up(
+        self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, score: Any = None, **options: Any
+    ) -> None:
+        """Capture the forwards of a round by feeding `tokens` `[n, 1]` again, so that no round has to wait for it."""
+        if not self.cache.layers[0].is_initialized:
+            return
+        zeros = [0] * len(starts)
+        for width in self.widths if score is None else self.widths[-1:]:
+            self._program(width, hidden, score, None)(tokens, starts, zeros)
+        if score is not None:  # drafts read what it has chosen, from the next position on
+            following = [start + 1 for start in starts]
+            score.place(following)
+            self._program(self.widths[0], False, None, score)(tokens, following, zeros)
+
+
+class InductorRunner(ModelRunner):
+    """Runs `model` over `cache`, compiled by inductor around the attention; arguments as for `GraphRunner`.
+
+    Compiled code is made for a shape: tokens are padded to all rows of the batch and to one of the `widths`, and what
+    was padded is cut off again before it attends. A wider forward runs uncompiled.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: SpeculativeCache,
+        max_length: int,
+        layers: int | None = None,
+        widths: Sequence[int] = (1,),
+    ) -> None:
+        super().__init__(model, cache, max_length, layers)
+        self.widths = sorted(set(widths))
+        self.entry = Entry(self.cache)
+        self.windows: dict[int, int | None] = {}
+        self.compiled = compiled(model)
+
+    def run_model(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
+        """Run the compiled model; the first time the model as it is, to learn the layers' windows."""
+        n, m = tokens.shape
+        width = next((w for w in self.widths if w >= m), None)
+        if width is None or not self._checked:
+            result = super().run_model(tokens, step, hidden)
+            self.windows = dict(step.windows)
+            return result
+        self.entry.step, step.windows = step, self.windows
+        inputs = self.inputs(tokens, step)
+        padding = (0, width - m, 0, self.cache.rows - n)
+        ids, places = (torch.nn.functional.pad(inputs[name], padding) for name in ("input_ids", "position_ids"))
+        logits, states = self.compiled(ids, places, EmptyCache(self.cache.windows), self.entry.number, hidden)
+        return Forward(logits[:n, :m], None if states is None else states[:n, :m])
+
+    def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> None:
+        """Compile the forwards of a round by feeding `tokens` `[n, 1]` again."""
+        for width in self.widths:
+            self.forward(tokens.expand(-1, width), starts, hidden=hidden)
+
+
+_SHAPES = 256
+"""Shapes that one model's forward may be compiled for; dynamo's own limit of 8 is for code that should not vary."""
+
+# a hook that is added later must not be left out in silence
+_DYNAMO = {"recompile_limit": _SHAPES, "accumulated_recompile_limit": _SHAPES, "skip_nnmodule_hook_guards": False}
+_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"freezing": True, "cpp_wrapper": True}, "cuda": {}}
+
+
+class Compiled:
+    """One model's compiled forwards, with and without the LM head's input.
+
+    Args:
+        model (`PreTrainedModel`): what is compiled; it is not kept alive.
+        weights (`int`, *optional*): the sum of its weights, where they are frozen into the code.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: int | None) -> None:
+        self.weights = weights
+        reference = weakref.ref(model)
+
+        def run(
+            ids: torch.Tensor, positions: torch.Tensor, cache: EmptyCache, number: torch.Tensor, hidden: bool
+        ) -> Any:
+            found = cast(PreTrainedModel, reference())
+            with head_input(found, hidden) as seen:
+                output = found(
+                    input_ids=ids,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    specdec_step=number,
+                    return_dict=True,
+                )
+            return output.logits, seen[0] if hidden else None
+
+        # compiled code is found by the code object, so every model, and every state of its weights, needs its own
+        own = types.FunctionType(run.__code__.replace(), run.__globals__, "run", run.__defaults__, run.__closure__)
+        self._run = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS[model.device.type])
+
+    def __call__(self, *inputs: Any) -> Forward:
+        """Run it; arguments are ids `[n, m]`, their positions, an `EmptyCache`, an entry's number, and `hidden`."""
+        with torch._dynamo.config.patch(_DYNAMO):
+            return Forward(*self._run(*inputs))
+
+
+_compiled: weakref.WeakKeyDictionary[PreTrainedModel, Compiled] = weakref.WeakKeyDictionary()
+
+
+def compiled(model: PreTrainedModel) -> Compiled:
+    """Return `model`'s compiled forwards: made once, and anew when weights that are frozen into them have changed."""
+    frozen = _OPTIONS[model.device.type].get("freezing", False)
+    weights = sum_of_weights(model) if frozen else None
+    if model not in _compiled or _compiled[model].weights != weights:
+        _compiled[model] = Compiled(model, weights)
+    return _compiled[model]
+
+
+def sum_of_weights(model: torch.nn.Module) -> int:
+    """Return a number that changes when a weight does; reading all of them takes about as long as a token."""
+    sums = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        words = tensor.detach().reshape(-1).view(torch.uint8)
+        whole = len(words) // 8 * 8
+        if words.storage_offset() % 8:
+            words = words.clone()
+        # eight bytes at a time: ten times as fast as summing the numbers
+        sums.append((int(words[:whole].view(torch.int64).sum()), int(words[whole:].sum()), tensor.data_ptr()))
+    return hash(tuple(sums))
+
+
+def make_runner(
+    mode: str | None,
+    model: PreTrainedModel,
+    cache: SpeculativeCache,
+    max_length: int,
+    *,
+    widths: Sequence[int],
+    layers: int | None = None,
+) -> ModelRunner:
+    """Return the runner for a config's `compile`; arguments as for `GraphRunner`."""
+    if mode is None:
+        return ModelRunner(model, cache, max_length, layers)
+    return {"graphs": GraphRunner, "inductor": InductorRunner}[mode](model, cache, max_length, layers, widths)
+
+
+def check(mode: str | None, kernels: str, model: PreTrainedModel, argument: str = "model") -> None:
+    """Raise `ValueError` if `model`'s forwards can't be compiled or attend as a config asks for; runs nothing.
+
+    Args:
+        mode (`str`, *optional*): the config's `compile`.
+        kernels (`str`): the config's `kernels`.
+        model (`PreTrainedModel`): target or assistant.
+        argument (`str`): what the caller calls it, for the message.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    where = ", ".join(sorted(map(str, devices)))
+    if mode == "graphs" and ({device.type for device in devices} - set(RECORDERS) or len(devices) > 1):
+        raise ValueError(
+            f"`compile='graphs'` captures CUDA graphs, so `{argument}` must be on one CUDA device; it is on {where}. "
+            "Allowed there: None, or 'inductor'."
+        )
+    if mode == "inductor" and len(devices) > 1:
+        raise ValueError(f"`compile='inductor'` needs `{argument}` on one device; it is on {where}. Allowed: None.")
+    if kernels != "auto":
+        config = model.config.get_text_config(decoder=True)
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        softcap = getattr(config, "attn_logit_softcapping", None) is not None
+        choice.check(kernels, choice.Request(model.device.type, model.dtype, size, size, softcap=softcap))

@@ -1,0 +1,188 @@
+"""Which implementation attends: the table of them, what each one can't do, and the choice for a forward.
+
+Every implementation says by itself what it lacks for given arguments, so a choice is a walk down a list. A kernel that
+the caller named is taken or refused; with `"auto"` the next one is taken, and the choice is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from . import explicit, flash, packed
+from .step import DraftView, SideRange, Step
+
+
+logger = logging.get_logger(__name__)
+
+_EXPLICIT_QUERIES = 16
+"""Queries per row up to which explicit attention is chosen on CPU; more would hold too large a score tensor."""
+
+
+class Request(NamedTuple):
+    """What an attention is asked for.
+
+    Attributes:
+        device (`str`): type of the device.
+        dtype (`torch.dtype`): of query, keys and values.
+        size (`int`): head size of query and keys.
+        value_size (`int`): head size of the values.
+        queries (`int`): queries per row.
+        softcap, sinks (`bool`): whether the scores have a cap, or the softmax learned sinks.
+        score (`tuple[str, str, bool]`, *optional*): token scores that are wanted; see `explicit.cached_attention`.
+    """
+
+    device: str
+    dtype: torch.dtype
+    size: int
+    value_size: int
+    queries: int = 1
+    softcap: bool = False
+    sinks: bool = False
+    score: tuple[str, str, bool] | None = None
+
+    @classmethod
+    def read(cls, query: torch.Tensor, value: torch.Tensor, rules: dict[str, Any]) -> Request:
+        """Return the request that tensors `[n, h, m, d]` and the keywords of an attention make."""
+        return cls(
+            query.device.type,
+            query.dtype,
+            query.shape[3],
+            value.shape[3],
+            query.shape[2],
+            rules.get("softcap") is not None,
+            rules.get("sinks") is not None,
+            rules.get("score"),
+        )
+
+
+Attention = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
+
+
+def _explicit_lacks(request: Request) -> str | None:
+    if request.queries > _EXPLICIT_QUERIES and not (request.softcap or request.sinks):
+        return f"a tensor of all scores is too large for more than {_EXPLICIT_QUERIES} queries per row"
+    return None
+
+
+def _explicit(query: torch.Tensor, *args: Any, **rules: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if query.shape[2] <= _EXPLICIT_QUERIES:
+        return explicit.cached_attention(query, *args, **rules)
+    return packed.in_pieces(explicit.cached_attention, _EXPLICIT_QUERIES)(query, *args, **rules)
+
+
+def _sdpa(*args: Any, **rules: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return packed.cached_attention(*args, **rules)
+
+
+def _sdpa_lacks(request: Request) -> str | None:
+    return "it has no soft-cap and no sinks" if request.softcap or request.sinks else None
+
+
+def _triton(*args: Any, **rules: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from . import fused  # triton is optional
+
+    return fused.cached_attention(*args, **rules)
+
+
+@functools.lru_cache(maxsize=1024)
+def _triton_lacks(request: Request) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'hf-specdec[cuda]')"
+    from . import fused
+
+    return fused.lacks(request)
+
+
+_LACKS: dict[str, Callable[[Request], str | None]] = {
+    "flash": flash.lacks,
+    "triton": _triton_lacks,
+    "explicit": _explicit_lacks,
+    "sdpa": _sdpa_lacks,
+}
+_ATTENTIONS: dict[str, Attention] = {
+    "flash": flash.cached_attention,
+    "triton": _triton,
+    "explicit": _explicit,
+    "sdpa": _sdpa,
+}
+_ORDERS = {"cuda": ("flash", "triton", "sdpa", "explicit")}
+_ELSEWHERE = ("explicit", "sdpa")
+
+
+def check(name: str, request: Request) -> None:
+    """Raise `ValueError` if the kernel `name`, which a config asks for, can't serve a model's plain steps."""
+    reason = None if name == "auto" else _LACKS[name](request)
+    if reason is not None:
+        can = [other for other in _LACKS if _LACKS[other](request) is None]
+        raise ValueError(
+            f"`kernels={name!r}` can't be used here: {reason}; allowed: 'auto', {', '.join(map(repr, can))}."
+        )
+
+
+@functools.lru_cache(maxsize=1024)  # asked for every layer of every forward
+def choose(name: str, request: Request) -> str:
+    """Return the kernel for `request`: the one that is asked for where it can serve it, else the first that can."""
+    order = _ORDERS.get(request.device, _ELSEWHERE)
+    if name != "auto" and _LACKS[name](request) is None:
+        return name
+    chosen = next(other for other in order if _LACKS[other](request) is None)
+    if request.device == "cuda" and chosen in _ELSEWHERE:
+        logger.warning_once(f"hf_specdec attends by {chosen!r}, not by its Triton kernels: {_triton_lacks(request)}.")
+    else:
+        logger.info_once(f"hf_specdec attends by {chosen!r} on {request.device} (`kernels={name!r}`).")
+    return chosen
+
+
+def cached_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, **rules: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend over the cache's storage by the chosen kernel; as `explicit.cached_attention`."""
+    return _ATTENTIONS[choose(step.kernels, Request.read(query, value, rules))](query, key, value, step, **rules)
+
+
+def uses_triton(name: str, request: Request) -> bool:
+    """Whether drafts attend, and chosen tokens are gathered, by Triton's kernels."""
+    wanted = name == "triton" or (request.device == "cuda" and name in ("auto", "flash"))
+    return wanted and _triton_lacks(request) is None
+
+
+def side_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    view: DraftView,
+    layer_idx: int,
+    step: Step,
+    **rules: Any,
+) -> torch.Tensor:
+    """Attend over a view's side buffer, by Triton's kernel or in PyTorch; `[n, h_q, 1, d_v]`."""
+    request, n, device = Request.read(query, value, rules), query.shape[0], query.device
+    if uses_triton(step.kernels, request):
+        from . import fused
+
+        counts, ends, selected = step.memo(("reads", device), lambda: view.reads(layer_idx))
+        return fused.side_attention(query, key, value, SideRange(counts[:n], ends[:n], selected), **rules)
+    bias = step.memo(("bias", device, query.dtype), lambda: view.bias(layer_idx, query.dtype))
+    return explicit.side_attention(query, key, value, None if bias is None else bias[:n], **rules)
+
+
+def attend_layer(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, layer_idx: int, rules: dict[str, Any]
+) -> torch.Tensor:
+    """Return one layer's attention `[n, h_q, m, d_v]` over what the cache's `update` returned for it."""
+    step.layers_attended += 1
+    if step.view is not None and step.view.covers(layer_idx):
+        return side_attention(query, key, value, step.view, layer_idx, step, **rules)
+    score = step.score if step.score is not None and step.score.wants(layer_idx) else None
+    wanted = None if score is None else score.wanted
+    window = step.windows[layer_idx]
+    output, metric = cached_attention(query, key, value, step, window=window, score=wanted, **rules)
+    if score is not None and metric is not None:
+        score.take(layer_idx, metric, step, key, value)
+    return output

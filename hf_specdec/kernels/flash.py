@@ -1,0 +1,74 @@
+"""Attention through the package flash-attn, where it is installed and nobody wants token scores."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .step import Step
+
+
+if TYPE_CHECKING:
+    from .choice import Request
+
+_LARGEST = 256
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def lacks(request: Request) -> str | None:
+    """Return why flash-attn can't serve `request`, `None` if it can."""
+    if not _installed():
+        return "the package flash-attn is not installed"
+    if request.device != "cuda":
+        return f"flash-attn runs on CUDA devices, not on {request.device!r}"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn takes float16 and bfloat16, not {request.dtype}"
+    if request.size > _LARGEST or request.size != request.value_size:
+        return f"flash-attn takes equal head sizes up to {_LARGEST}, not {request.size} and {request.value_size}"
+    if request.sinks:
+        return "flash-attn has no learned sinks"
+    if request.score is not None:
+        return "flash-attn keeps the scores of the tokens to itself"
+    return None
+
+
+def cached_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    score: Any = None,
+) -> tuple[torch.Tensor, None]:
+    """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`.
+
+    Raises:
+        ValueError: with `sinks` or `score`, which flash-attn does not offer.
+    """
+    if sinks is not None or score is not None:
+        raise ValueError("flash-attn supports neither sinks nor token scores.")
+    from flash_attn import flash_attn_with_kvcache
+
+    # the fed tokens are in the storage already, so the lengths include them; causal counts from their end
+    output = flash_attn_with_kvcache(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        cache_seqlens=step.ends_on(query.device).int(),
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return output.transpose(1, 2), None

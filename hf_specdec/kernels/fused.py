@@ -1,0 +1,72 @@
+"""The Triton kernels as attention functions: over ragged storage, with token scores where they are wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import triton_attention, triton_select
+from .step import SideRange, Step
+
+
+if TYPE_CHECKING:
+    from .choice import Request
+
+
+def lacks(request: Request) -> str | None:
+    """Return why the Triton kernels can't serve `request`, `None` if they can."""
+    if request.score is not None and request.score[0] == "all":
+        return "they export the scores of the first and the last query, not of all"
+    return triton_attention.unsupported(request.device, request.dtype, request.size, request.value_size)
+
+
+def cached_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    score: tuple[str, str, bool] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`."""
+    starts = step.starts_on(query.device)
+    last = None if score is None else step.last_on(query.device)
+    rules: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    output, scores = triton_attention.attend_cache(
+        query, key, value, starts, longest=step.high, sinks=sinks, last=last, **rules
+    )
+    if score is None or scores is None or last is None:
+        return output, None
+    queries, metric, per_head = score
+    heads = key.shape[1] if per_head else None
+    choice: dict[str, Any] = {"queries": queries, "metric": metric, "key_heads": heads}
+    return output, triton_select.token_scores(scores, starts, last, length=step.high, **rules, **choice)
+
+
+def side_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    reads: SideRange,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend with one query per row over a side buffer; as `explicit.side_attention`, masked by numbers per row."""
+    return triton_attention.attend_side(
+        query,
+        key,
+        value,
+        reads.counts,
+        reads.ends,
+        selected=reads.selected,
+        scaling=scaling,
+        softcap=softcap,
+        sinks=sinks,
+    )
