@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .. import __version__
 from ..generation.registry import strategy_class
@@ -61,6 +61,7 @@ class Measurement:
         repeats (`list[float]`): milliseconds per column of every repeat.
         tokens_per_step, acceptance (`float`, *optional*): of the last repeat, for strategies.
         draft_ms, verify_ms, select_ms (`float`, *optional*): per forward (selection: per round), median.
+        drafts (`float`, *optional*): draft forwards per forward of the whole target.
         modelled (`float`, *optional*): speed-up over the `plain` strategy that these step times predict.
         forwards (`float`, *optional*): forwards of the whole target per column, the prefill's left out.
         method (`dict`, *optional*): the method's own counters, of the last repeat.
@@ -79,6 +80,7 @@ class Measurement:
     draft_ms: float | None = None
     verify_ms: float | None = None
     select_ms: float | None = None
+    drafts: float | None = None
     modelled: float | None = None
     forwards: float | None = None
     method: dict[str, Any] | None = None
@@ -181,6 +183,7 @@ def measure(
     repeats: int,
     progress: Callable[[str], None] = lambda _: None,
     warm_up: bool = True,
+    cache: DynamicCache | None = None,
 ) -> list[Measurement]:
     """Time the arms on the prompts `ids` `[b, T]`, greedily, EOS ignored so that all decode the same number of tokens.
 
@@ -192,13 +195,14 @@ def measure(
         repeats (`int`): timed runs of each arm, in turn.
         progress (`Callable[[str], None]`, *optional*): called with the arm's name after each run.
         warm_up (`bool`, *optional*, defaults to `True`): run each arm once before, untimed.
+        cache (`DynamicCache`, *optional*): of all tokens of `ids` but the last, in place of a prefill; not changed.
 
     Raises:
-        ValueError: for fewer than 2 new tokens, or less than 1 repeat.
+        ValueError: for fewer than 2 new tokens, less than 1 repeat, or a cache of another length.
     """
     if new_tokens < 2 or repeats < 1:
         raise ValueError(f"`new_tokens` must be at least 2 and `repeats` at least 1, got {new_tokens} and {repeats}.")
-    cache, _ = prefill(model, ids)
+    starts = _Starts(model, ids, new_tokens, cache)
     arms = [arm for arm in arms if ids.shape[0] == 1 or arm.name.partition("@")[0] not in _STOCK_SPECULATIVE]
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     stats: dict[str, list[SpeculationStats]] = {arm.name: [] for arm in arms}
@@ -210,7 +214,7 @@ def measure(
                 output = cast(Any, model).generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=None if arm.fresh else _start(model, cache, ids.shape[1] + new_tokens, arm.static),
+                    past_key_values=None if arm.fresh else starts.static() if arm.static else starts.dynamic(),
                     max_new_tokens=new_tokens,
                     do_sample=False,
                     eos_token_id=model.config.get_text_config().vocab_size,  # an id that never comes
@@ -264,7 +268,17 @@ def merge(groups: Sequence[Sequence[Measurement]]) -> list[Measurement]:
     return merged
 
 
-_MEANS = ("ms_per_token", "acceptance", "draft_ms", "verify_ms", "select_ms", "modelled", "forwards", "same_tokens")
+_MEANS = (
+    "ms_per_token",
+    "acceptance",
+    "draft_ms",
+    "verify_ms",
+    "select_ms",
+    "drafts",
+    "modelled",
+    "forwards",
+    "same_tokens",
+)
 
 
 def _total(counters: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -286,14 +300,36 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.mean(real) if real else None
 
 
-def _start(model: PreTrainedModel, cache: DynamicCache, capacity: int, static: bool) -> Cache:
-    if not static:
-        return copy.deepcopy(cache)
-    target = StaticCache(config=model.config, max_cache_len=capacity)
-    layers: list[Any] = [*zip(target.layers, cache.layers, strict=True)]
-    for layer, source in layers:
-        layer.update(source.keys, source.values)
-    return target
+class _Starts:
+    """What arms start from: copies of one cache, of the prompts' prefill where none is given."""
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, cache: DynamicCache | None) -> None:
+        known = ids.shape[1] - 1
+        if cache is not None and cache.get_seq_length() != known:
+            raise ValueError(f"`cache` must hold {known} tokens per row, but holds {cache.get_seq_length()}.")
+        self.model, self.capacity = model, ids.shape[1] + new_tokens
+        self.cache = prefill(model, ids)[0] if cache is None else cache
+        self._static: StaticCache | None = None
+
+    def dynamic(self) -> Cache:
+        """Return a dynamic cache."""
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.cache.layers):
+            return copy.deepcopy(self.cache)
+        # stock puts new tensors into these layers instead of writing to the old ones, and strategies copy them: a
+        # second one of the whole content would only take memory
+        shared = copy.copy(self.cache)
+        shared.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return shared
+
+    def static(self) -> Cache:
+        """Return the static cache, filled again: CUDA graphs are recorded anew for tensors that lie elsewhere."""
+        if self._static is None:
+            self._static = StaticCache(config=self.model.config, max_cache_len=self.capacity)
+        self._static.reset()
+        layers: list[Any] = [*zip(self._static.layers, self.cache.layers, strict=True)]
+        for layer, source in layers:
+            layer.update(source.keys, source.values)
+        return self._static
 
 
 def _summarise(
@@ -314,6 +350,7 @@ def _summarise(
         last = runs[-1]
         result.tokens_per_step, result.acceptance = last.mean_tokens_per_step, last.acceptance_rate
         result.forwards = last.target_forwards / (new_tokens - 1)
+        result.drafts = last.draft_forwards / max(last.target_forwards, 1)
         result.method = {key: value for key, value in last.method.items() if key != "tier_ids"}
         draft, verify, select = (
             statistics.median(1000 * s.seconds.get(phase, 0.0) / max(getattr(s, count), 1) for s in runs)
