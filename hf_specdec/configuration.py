@@ -21,7 +21,7 @@ CONFIG_NAME = "specdec_config.json"
 ADAPTER_NAME = "specdec_adapter.safetensors"
 """File name of the tensors of an adapter, beside its config."""
 
-COMPILE_MODES = ("graphs", "inductor")
+COMPILE_MODES = ("graphs", "inductor", "graphs+inductor")
 """Values of `compile`, beside `None`."""
 
 KERNELS = ("auto", "flash", "triton", "explicit", "sdpa")
@@ -42,8 +42,9 @@ class SpeculationConfig:
         num_assistant_tokens (`int`, *optional*, defaults to 5): draft tokens per round and row. A value given to
             `generate()` or on `GenerationConfig` overrides it.
         compile (`str`, *optional*): `"graphs"` captures the rounds' forwards as CUDA graphs, `"inductor"` compiles the
-            model around its attention (on CPU and CUDA). Neither changes a token; see docs/speed.md for what they
-            cost and where they pay. For the strategies plain, assisted, prompt_lookup, vegas and diversed.
+            model around its attention (on CPU and CUDA), `"graphs+inductor"` captures what was compiled. None of them
+            changes a token; see docs/speed.md for what they cost and where they pay. For the strategies plain,
+            assisted, prompt_lookup, vegas and diversed.
         kernels (`str`, *optional*, defaults to `"auto"`): what attends over the cache: `"triton"`, `"flash"`
             (flash-attn; forwards whose scores are needed take the next best), `"sdpa"` or `"explicit"`; `"auto"`
             takes the fastest that is there.

@@ -410,7 +410,11 @@ def test_cuda_is_asked_for_where_there_is_none(monkeypatch):
 def test_the_static_arm_compiles_on_cuda():
     made = [make_arm(name, None) for name in steps.default_arms(torch.device("cuda"))]
     rows = next(steps.measure_shape("tiny", torch.device("cuda"), torch.bfloat16, [(256, 2)], made, 1.0, ROOM, 32, 2))
-    assert [row.name for row in rows] == ["static", "plain@compile=graphs", "vegas@compile=graphs,min_context=0"]
+    assert [row.name for row in rows] == [
+        "static",
+        "plain@compile=graphs+inductor",
+        "vegas@compile=graphs+inductor,min_context=0",
+    ]
     assert rows[0].compiled
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import families
 import pytest
 import torch
 from hypothesis import given, settings
@@ -493,3 +494,20 @@ def test_layers_on_two_devices():
     assert step.layers_seen == 2
     assert [layer.lengths.device.index for layer in cache.layers] == [0, 1]
     assert torch.equal(cache.layers[0].keys.cpu(), cache.layers[1].keys.cpu())
+
+
+@pytest.mark.parametrize("strategy", ["plain", "vegas", "prompt_lookup", "specbound"])
+def test_a_long_cache_and_only_the_new_tokens(strategy):
+    """`max_length` counts the columns that are given, and the row is longer by what the cache holds."""
+    llama = families.family("llama")
+    model, ids = llama.model, llama.ids[:1]
+    caches = []
+    for _ in range(2):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :15], past_key_values=cache)
+        caches.append(cache)
+    new = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12}
+    expected = llama.stock(ids[:, 15:], past_key_values=caches[0], **new)
+    found = llama.ours(strategy, ids[:, 15:], past_key_values=caches[1], **new)
+    assert torch.equal(found, expected)
+    assert caches[1].get_seq_length() == caches[0].get_seq_length()

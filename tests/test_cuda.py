@@ -50,9 +50,10 @@ def test_greedy_text_equals_stock(pair, strategy, mode, kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["inductor", "graphs+inductor"])
 @pytest.mark.parametrize("strategy", ["vegas", "assisted"])
-def test_compiled_text_equals_stock(pair, strategy):
-    assert torch.equal(generate(pair, strategy, compile="inductor"), stock(pair))
+def test_compiled_text_equals_stock(pair, strategy, mode):
+    assert torch.equal(generate(pair, strategy, compile=mode), stock(pair))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[:-1])  # the mixture's bonus asks whether it is needed

@@ -17,6 +17,33 @@ SCORED = ("first_last", "weight", False)
 """The token scores that are measured: Vegas' own."""
 
 
+SIZES = (
+    # name, kind, rows, queries, context, selected, ragged
+    ("draft, 8192 tokens, 1 row", "draft", 1, 1, 8192, 0, False),
+    ("draft, 8192 tokens, 8 rows", "draft", 8, 1, 8192, 0, False),
+    ("draft, 2304 tokens, 32 rows", "draft", 32, 1, 2304, 0, False),
+    ("verify 6 at 128K, 1 row", "verify", 1, 6, 131072, 0, False),
+    ("verify 6 at 32K, 8 rows", "verify", 8, 6, 32768, 0, False),
+    ("verify 6 at 16K-32K, 8 rows", "verify", 8, 6, 32768, 0, True),
+    ("verify 6 at 32K, 8 rows, and token scores", "scored", 8, 6, 32768, 0, False),
+    ("verify 6 at 32K, 8 rows, and export", "export", 8, 6, 32768, 0, False),
+    ("token scores at 32K, 8 rows", "reduce", 8, 6, 32768, 0, False),
+    ("gather 2304 of 32K, 8 rows", "gather", 8, 1, 32768, 2304, False),
+)
+"""The usual tasks for the attention of a large model: arguments of `Case`."""
+
+TINY_SIZES = (
+    ("draft, 40 tokens, 2 rows", "draft", 2, 1, 40, 0, False),
+    ("verify 6 at 96, 2 rows", "verify", 2, 6, 96, 0, False),
+    ("verify 6 at 48-96, 3 rows", "verify", 3, 6, 96, 0, True),
+    ("verify 6 at 96, 2 rows, and token scores", "scored", 2, 6, 96, 0, False),
+    ("verify 6 at 96, 2 rows, and export", "export", 2, 6, 96, 0, False),
+    ("token scores at 96, 2 rows", "reduce", 2, 6, 96, 0, False),
+    ("gather 24 of 96, 2 rows", "gather", 2, 1, 96, 24, False),
+)
+"""The same, small enough for any machine."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One task at one size.

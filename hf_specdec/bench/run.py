@@ -207,10 +207,11 @@ def measure(
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     stats: dict[str, list[SpeculationStats]] = {arm.name: [] for arm in arms}
     texts: dict[str, torch.Tensor] = {}
-    for repeat in range(0 if warm_up else 1, repeats + 1):
+    apart = ids.device.type == "cuda"  # timing phases makes the host wait: they have a run of their own, the last
+    for repeat in range(0 if warm_up else 1, repeats + 1 + apart):
         for arm in arms:
             clock = _Clock()
-            with on_speculation(stats[arm.name].append, timings=True):
+            with on_speculation(stats[arm.name].append, timings=not apart or repeat > repeats):
                 output = cast(Any, model).generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -223,10 +224,10 @@ def measure(
                     **arm.options,
                 )
             texts[arm.name] = output[:, ids.shape[1] :]
-            if repeat:
+            if 1 <= repeat <= repeats:
                 seconds[arm.name].append(clock.decoding)
             progress(arm.name)
-    timed = {name: runs[1:] if warm_up else runs for name, runs in stats.items()}
+    timed = {name: runs[-1:] if apart else runs[1:] if warm_up else runs for name, runs in stats.items()}
     found = [_summarise(arm, ids, new_tokens, seconds[arm.name], timed[arm.name], texts) for arm in arms]
     plain = next((m for m in found if m.name == "plain"), None)
     for m in found:

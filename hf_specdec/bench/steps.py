@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from ..configuration import SpeculationConfig
 from ..generation.registry import STRATEGIES
-from .cases import RECENTS, Case
+from .cases import RECENTS, SIZES, TINY_SIZES, Case
 from .run import Arm, Measurement, make_arm, measure
 
 
@@ -56,29 +56,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 """Model type and config of each shape; `tiny` is for trying the command out without an accelerator."""
-
-_KERNEL_SIZES = (
-    # name, kind, rows, queries, context, selected, ragged
-    ("draft, 8192 tokens, 1 row", "draft", 1, 1, 8192, 0, False),
-    ("draft, 8192 tokens, 8 rows", "draft", 8, 1, 8192, 0, False),
-    ("draft, 2304 tokens, 32 rows", "draft", 32, 1, 2304, 0, False),
-    ("verify 6 at 128K, 1 row", "verify", 1, 6, 131072, 0, False),
-    ("verify 6 at 32K, 8 rows", "verify", 8, 6, 32768, 0, False),
-    ("verify 6 at 16K-32K, 8 rows", "verify", 8, 6, 32768, 0, True),
-    ("verify 6 at 32K, 8 rows, and token scores", "scored", 8, 6, 32768, 0, False),
-    ("verify 6 at 32K, 8 rows, and export", "export", 8, 6, 32768, 0, False),
-    ("token scores at 32K, 8 rows", "reduce", 8, 6, 32768, 0, False),
-    ("gather 2304 of 32K, 8 rows", "gather", 8, 1, 32768, 2304, False),
-)
-_TINY_SIZES = (
-    ("draft, 40 tokens, 2 rows", "draft", 2, 1, 40, 0, False),
-    ("verify 6 at 96, 2 rows", "verify", 2, 6, 96, 0, False),
-    ("verify 6 at 48-96, 3 rows", "verify", 3, 6, 96, 0, True),
-    ("verify 6 at 96, 2 rows, and token scores", "scored", 2, 6, 96, 0, False),
-    ("verify 6 at 96, 2 rows, and export", "export", 2, 6, 96, 0, False),
-    ("token scores at 96, 2 rows", "reduce", 2, 6, 96, 0, False),
-    ("gather 24 of 96, 2 rows", "gather", 2, 1, 96, 24, False),
-)
 
 
 @dataclass
@@ -204,7 +181,7 @@ def kernel_cases(configs: dict[str, PreTrainedConfig], dtype: torch.dtype) -> li
         layers[key] = max(layers.get(key, 0), config.num_hidden_layers)
     cases = []
     for (tiny, heads, key_heads, size), depth in layers.items():
-        for name, kind, rows, queries, context, selected, ragged in _TINY_SIZES if tiny else _KERNEL_SIZES:
+        for name, kind, rows, queries, context, selected, ragged in TINY_SIZES if tiny else SIZES:
             gathers = kind == "gather"
             what = f"{name}, {depth} layers" if gathers else name
             length, used = context + (RECENTS if kind == "draft" else 0), depth if gathers else 1
@@ -282,7 +259,7 @@ def modelled_speedup(
 
 def default_arms(device: torch.device) -> list[str]:
     """Return the arms' names: stock static, plain steps and Vegas, in CUDA graphs where there are any."""
-    graphs = "compile=graphs" if device.type == "cuda" else ""
+    graphs = "compile=graphs+inductor" if device.type == "cuda" else ""
     return ["static", f"plain@{graphs}".rstrip("@"), "vegas@" + ",".join(filter(None, [graphs, "min_context=0"]))]
 
 

@@ -98,8 +98,9 @@ class FixedView(SparseView):
             return places.view(shape).expand(*metrics.shape[:-1], -1)
         slots = torch.arange(metrics.shape[-1], device=metrics.device)
         shape = (n, *[1] * (metrics.dim() - 3), metrics.shape[-1])
-        always = (slots < self.sinks) | (slots >= valid - self.locals)
-        metrics = metrics.masked_fill(always.view(shape), torch.inf)
+        if self.sinks or self.locals:
+            always = (slots < self.sinks) | (slots >= valid - self.locals)
+            metrics = metrics.masked_fill(always.view(shape), torch.inf)
         metrics = metrics.masked_fill((slots >= valid).view(shape), -torch.inf)
         return metrics.topk(self.selected, dim=-1).indices
 
@@ -128,5 +129,6 @@ class FixedView(SparseView):
 
     def swap(self, i: int, j: int) -> None:
         """Exchange the slots i and j."""
+        self.chosen = {}  # a captured forward's own memory
         super().swap(i, j)
         self._write(0, [self.valid, self.counts])

@@ -21,7 +21,7 @@ import torch
 
 from ..kernels import choice
 from ..kernels.step import SideRange, Step, upload
-from .speculative import SpeculativeCache
+from .speculative import SpeculativeCache, exchange
 
 
 class SparseView:
@@ -94,6 +94,7 @@ class SparseView:
         if self.selected + self.recents > self._width():
             self.keys.clear()
             self.values.clear()
+            self._tables.clear()
 
     def wants(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` is scored: the layers that the view covers."""
@@ -280,7 +281,7 @@ class SparseView:
         for sides in (self.keys, self.values, self.chosen):
             for side in sides.values():
                 if max(i, j) < len(side):
-                    side[[i, j]] = side[[j, i]]
+                    exchange(side, i, j)
 
 
 def flat_rows(index: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ class SpeculativeLayer(CacheLayerMixin):
         """Exchange the rows i and j."""
         if self.is_initialized:
             for states in (self.keys, self.values):
-                states[[i, j]] = states[[j, i]]
+                exchange(states, i, j)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (keys, offset of the first key) of a mask; only a prefill, where all rows agree, asks for one."""
@@ -99,6 +99,13 @@ class SpeculativeLayer(CacheLayerMixin):
         """Take back the newest `-tokens_to_remove` tokens of every row (stock's sign: a count to remove, negative)."""
         self.lengths = (self.lengths - abs(tokens_to_remove)).clamp(min=0)
         self.longest = max(0, self.longest - abs(tokens_to_remove))
+
+
+def exchange(states: torch.Tensor, i: int, j: int) -> None:
+    """Exchange two rows of `states` in place; without a list of indices, which a device would be sent and wait for."""
+    kept = states[i].clone()
+    states[i].copy_(states[j])
+    states[j].copy_(kept)
 
 
 class SpeculativeCache(Cache):

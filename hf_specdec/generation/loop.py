@@ -194,6 +194,7 @@ class DecodingLoop:
         state.begin(rows, strategy.make_runner(state, cache), emitter.eos)
         retired: list[int] = []
         with state.contexts:
+            state.contexts.callback(state.target.close)
             state.contexts.callback(strategy.close, state)
             strategy.setup(state)
             with state.timed("prefill"):

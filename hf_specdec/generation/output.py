@@ -52,14 +52,16 @@ class Emitter:
             result (`StepResult`): the step's outcome.
             count (`bool`, *optional*, defaults to `True`): count it in the statistics (the prefill's token is not).
         """
-        state, kept = self.state, []
+        state, kept, written = self.state, [], {}
         for slot, (row, tokens) in enumerate(zip(state.active, result.tokens.tolist(), strict=True)):
             new = tokens[: min(result.counts[slot], state.max_length - state.columns[row])]
             for place, token in enumerate(new):
                 if token in self.eos:
                     new, self.done[row] = new[: place + 1], True
                     break
-            state.write(row, new)
+            written[row] = new
+        state.write(written)
+        for slot, (row, new) in enumerate(written.items()):
             if state.columns[row] >= state.max_length:
                 self.done[row] = True
             for name, rows in self.collected.items():

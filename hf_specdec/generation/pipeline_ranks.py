@@ -246,7 +246,7 @@ class _Worker:
     """One row on a rank that does not control."""
 
     def __init__(self, state: DecodingState, ranks: Ranks, row: int, cache: SpeculativeCache) -> None:
-        state.begin([row], ModelRunner(state.model, cache, state.max_length), frozenset())
+        state.begin([row], ModelRunner(state.model, cache, state.longest), frozenset())
         self.state, self.ranks, self.place = state, ranks, _Place(state, ranks)
         self.stage = cast(Stage, self.place.stage)
         self.inbound: torch.Tensor | None = None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
@@ -23,25 +24,58 @@ from ..kernels.step import StaticStep, Step
 from .runner import Forward, ModelRunner, head_input
 
 
-Recorder = Callable[[Callable[[], Forward], Any], "tuple[Forward, Callable[[], None]]"]
+Run = Callable[[], Forward]
+Recorder = Callable[[Run, Callable[[Run], None]], "tuple[Forward, Callable[[], None]]"]
+
+_WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "repeat_interleave"}
 
 
-def cuda_graph(run: Callable[[], Forward], pool: Any) -> tuple[Forward, Callable[[], None]]:
-    """Capture `run` as a CUDA graph; return its result's tensors, and what fills them anew."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries allocate and choose at their first calls, which may not be captured
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = run()
-    return result, graph.replay
+class Waits(RuntimeError):
+    """A forward asked the device for a value."""
 
 
-RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph}
-"""How a forward is captured, by the type of the device."""
+class NoWaits(TorchDispatchMode):
+    """Raises `Waits` for an operation that makes the host wait for the device, which no captured forward may."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, or raise."""
+        if func.overloadpacket.__name__ in _WAITS:
+            raise Waits(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class CudaRecorder:
+    """Captures the forwards of one runner as CUDA graphs, on one stream and in one pool of memory.
+
+    Args:
+        device (`torch.device`): the model's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run, rehearse: Callable[[Run], None]) -> tuple[Forward, Callable[[], None]]:
+        """Return the tensors of `run`'s result, and what fills them anew; `rehearse(run)` comes first."""
+        with torch.cuda.device(self.device):
+            before = torch.cuda.current_stream()
+            self.stream.wait_stream(before)
+            try:
+                with torch.cuda.stream(self.stream):
+                    rehearse(run)
+                before.wait_stream(self.stream)
+                graph = torch.cuda.CUDAGraph()
+                # other threads may go on allocating: they have streams of their own
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    result = run()
+            finally:
+                torch.cuda.set_stream(before)
+        return result, graph.replay
+
+
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+"""What captures forwards, by the type of the device."""
 
 
 class Program:
@@ -70,18 +104,20 @@ class Program:
 
     def _record(self) -> Callable[[], None]:
         try:
-            self._result, again = RECORDERS[self.runner.device.type](self._run, self.runner.pool)
-        except RuntimeError as error:
-            raise RuntimeError(
+            self._result, again = self.runner.record(self._run, self.runner.rehearse)
+        except Waits as error:
+            raise ValueError(
                 f"`compile='graphs'`: {type(self.runner.model).__name__}'s forward can't be captured: it waits for "
-                "the device, as experts do that run one after the other, or changes its course by what it computes. "
-                "Leave `compile` out, or choose another `experts_implementation`."
+                f"the device ({error}), as experts do that run one after the other. Leave `compile` out, or choose "
+                "another `experts_implementation`."
             ) from error
         return again
 
     def __call__(self, tokens: torch.Tensor, starts: Sequence[int], last: Sequence[int]) -> Forward:
         """Run it for the active rows' `tokens` `[n, m]`, m at most the width; arguments as for `Step`."""
         n, m = tokens.shape
+        if max(starts) + self.width > self.step.high:
+            raise RuntimeError(f"A forward at {max(starts)} does not fit the {self.step.high} slots of its graph.")
         self.tokens[:n, :m].copy_(tokens)
         self.step.move(starts, last)
         if self._again is None:
@@ -92,15 +128,13 @@ class Program:
         return Forward(logits[:n, :m].clone(), None if hidden is None else hidden[:n, :m].clone())
 
 
-class GraphRunner(ModelRunner):
-    """Runs `model` over `cache` by captured forwards; see `ModelRunner` for the arguments.
+class FixedWidthRunner(ModelRunner):
+    """A runner whose forwards have one of a few widths; see `ModelRunner` for the other arguments.
 
     Args:
-        widths (`list[int]`): tokens per row of the forwards to capture, rising. A narrower forward is padded to the
-            next one, a wider one runs uncaptured; forwards that score are padded to the widest.
+        widths (`list[int]`): tokens per row of the forwards that are made ready. A narrower forward is padded to the
+            next of them, a wider one runs as always.
     """
-
-    fixed = True
 
     def __init__(
         self,
@@ -112,9 +146,41 @@ class GraphRunner(ModelRunner):
     ) -> None:
         super().__init__(model, cache, max_length, layers)
         self.widths = sorted(set(widths))
+
+    def padded(self, width: int, widths: Sequence[int]) -> int | None:
+        """Return the least of `widths` that holds `width` tokens; `None` if none does, or in the first forward."""
+        return next((w for w in widths if w >= width), None) if self._checked else None
+
+    def close(self) -> None:
+        """Give up what forwards were made ready for; later ones run as they are."""
+        super().close()
+        self.widths = []
+
+
+class GraphRunner(FixedWidthRunner):
+    """Runs `model` over `cache` by captured forwards; those that score are padded to the widest of the `widths`."""
+
+    fixed = True
+
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self.programs: dict[Any, Program] = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.record = RECORDERS[self.device.type](self.device)
         self._storage: list[int] = []
+
+    def rehearse(self, run: Run) -> None:
+        """Run what is to be captured twice: so that all is allocated and chosen, and to see that it never waits.
+
+        A capture that fails leaves PyTorch's allocator and streams in disorder, so it is not tried in vain.
+        """
+        run()
+        with NoWaits():
+            run()
+
+    def close(self) -> None:
+        """Let go of the captured forwards: they and the runner hold each other, and so the storage."""
+        super().close()
+        self.programs.clear()
 
     def forward(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> Forward:
         """Feed `tokens` `[n, m]`; as `ModelRunner.forward`, by a captured forward of this kind where there may be one.
@@ -122,8 +188,8 @@ class GraphRunner(ModelRunner):
         The first forward runs uncaptured, since it makes the storage.
         """
         m, score, view = tokens.shape[1], options.get("score"), options.get("view")
-        width = next((w for w in (self.widths if score is None else self.widths[-1:]) if w >= m), None)
-        if width is None or not self._checked:
+        width = self.padded(m, self.widths if score is None else self.widths[-1:])
+        if width is None:
             return super().forward(tokens, starts, hidden=hidden, **options)
         last = options.get("last") or [m - 1] * len(starts)
         if score is not None:
@@ -134,7 +200,7 @@ class GraphRunner(ModelRunner):
         storage = [layer.keys.data_ptr() for layer in self.cache.layers if layer.is_initialized]
         if storage != self._storage:  # it has grown: what was captured writes memory that is no longer ours
             self.programs.clear()
-            self._storage = storage
+            self.record, self._storage = RECORDERS[self.device.type](self.device), storage
         key = (width, hidden, score is not None, view is not None)
         if key not in self.programs:
             self.programs[key] = Program(self, width, hidden, score, view)
@@ -144,8 +210,8 @@ class GraphRunner(ModelRunner):
         self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, score: Any = None, **options: Any
     ) -> None:
         """Capture the forwards of a round by feeding `tokens` `[n, 1]` again, so that no round has to wait for it."""
-        if not self.cache.layers[0].is_initialized:
-            return
+        if not self._checked:
+            self.forward(tokens, starts, hidden=hidden)
         zeros = [0] * len(starts)
         for width in self.widths if score is None else self.widths[-1:]:
             self._program(width, hidden, score, None)(tokens, starts, zeros)
@@ -155,23 +221,15 @@ class GraphRunner(ModelRunner):
             self._program(self.widths[0], False, None, score)(tokens, following, zeros)
 
 
-class InductorRunner(ModelRunner):
-    """Runs `model` over `cache`, compiled by inductor around the attention; arguments as for `GraphRunner`.
+class InductorRunner(FixedWidthRunner):
+    """Runs `model` over `cache`, compiled by inductor around the attention.
 
     Compiled code is made for a shape: tokens are padded to all rows of the batch and to one of the `widths`, and what
-    was padded is cut off again before it attends. A wider forward runs uncompiled.
+    was padded is cut off again before it attends.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: SpeculativeCache,
-        max_length: int,
-        layers: int | None = None,
-        widths: Sequence[int] = (1,),
-    ) -> None:
-        super().__init__(model, cache, max_length, layers)
-        self.widths = sorted(set(widths))
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self.entry = Entry(self.cache)
         self.windows: dict[int, int | None] = {}
         self.compiled = compiled(model)
@@ -179,8 +237,8 @@ class InductorRunner(ModelRunner):
     def run_model(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
         """Run the compiled model; the first time the model as it is, to learn the layers' windows."""
         n, m = tokens.shape
-        width = next((w for w in self.widths if w >= m), None)
-        if width is None or not self._checked:
+        width = self.padded(m, self.widths)
+        if width is None:
             result = super().run_model(tokens, step, hidden)
             self.windows = dict(step.windows)
             return result
@@ -193,8 +251,19 @@ class InductorRunner(ModelRunner):
 
     def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> None:
         """Compile the forwards of a round by feeding `tokens` `[n, 1]` again."""
+        if not self._checked:
+            self.forward(tokens, starts, hidden=hidden)
         for width in self.widths:
             self.forward(tokens.expand(-1, width), starts, hidden=hidden)
+
+
+class CompiledGraphRunner(GraphRunner, InductorRunner):
+    """Captures forwards that inductor has compiled: fewer and larger kernels, and no launches."""
+
+    def rehearse(self, run: Run) -> None:
+        """Run what is to be captured twice; what is compiled as one graph does not wait."""
+        run()
+        run()
 
 
 _SHAPES = 256
@@ -202,7 +271,7 @@ _SHAPES = 256
 
 # a hook that is added later must not be left out in silence
 _DYNAMO = {"recompile_limit": _SHAPES, "accumulated_recompile_limit": _SHAPES, "skip_nnmodule_hook_guards": False}
-_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"freezing": True, "cpp_wrapper": True}, "cuda": {}}
+_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"freezing": True, "cpp_wrapper": True}}
 
 
 class Compiled:
@@ -234,7 +303,7 @@ class Compiled:
 
         # compiled code is found by the code object, so every model, and every state of its weights, needs its own
         own = types.FunctionType(run.__code__.replace(), run.__globals__, "run", run.__defaults__, run.__closure__)
-        self._run = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS[model.device.type])
+        self._run = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS.get(model.device.type))
 
     def __call__(self, *inputs: Any) -> Forward:
         """Run it; arguments are ids `[n, m]`, their positions, an `EmptyCache`, an entry's number, and `hidden`."""
@@ -247,8 +316,7 @@ _compiled: weakref.WeakKeyDictionary[PreTrainedModel, Compiled] = weakref.WeakKe
 
 def compiled(model: PreTrainedModel) -> Compiled:
     """Return `model`'s compiled forwards: made once, and anew when weights that are frozen into them have changed."""
-    frozen = _OPTIONS[model.device.type].get("freezing", False)
-    weights = sum_of_weights(model) if frozen else None
+    weights = sum_of_weights(model) if _OPTIONS.get(model.device.type, {}).get("freezing") else None
     if model not in _compiled or _compiled[model].weights != weights:
         _compiled[model] = Compiled(model, weights)
     return _compiled[model]
@@ -267,6 +335,13 @@ def sum_of_weights(model: torch.nn.Module) -> int:
     return hash(tuple(sums))
 
 
+_RUNNERS: dict[str, type[FixedWidthRunner]] = {
+    "graphs": GraphRunner,
+    "inductor": InductorRunner,
+    "graphs+inductor": CompiledGraphRunner,
+}
+
+
 def make_runner(
     mode: str | None,
     model: PreTrainedModel,
@@ -276,10 +351,10 @@ def make_runner(
     widths: Sequence[int],
     layers: int | None = None,
 ) -> ModelRunner:
-    """Return the runner for a config's `compile`; arguments as for `GraphRunner`."""
+    """Return the runner for a config's `compile`; arguments as for `FixedWidthRunner`."""
     if mode is None:
         return ModelRunner(model, cache, max_length, layers)
-    return {"graphs": GraphRunner, "inductor": InductorRunner}[mode](model, cache, max_length, layers, widths)
+    return _RUNNERS[mode](model, cache, max_length, layers, widths)
 
 
 def check(mode: str | None, kernels: str, model: PreTrainedModel, argument: str = "model") -> None:
@@ -293,9 +368,11 @@ def check(mode: str | None, kernels: str, model: PreTrainedModel, argument: str 
     """
     devices = {parameter.device for parameter in model.parameters()}
     where = ", ".join(sorted(map(str, devices)))
-    if mode == "graphs" and ({device.type for device in devices} - set(RECORDERS) or len(devices) > 1):
+    if mode in ("graphs", "graphs+inductor") and (
+        {device.type for device in devices} - set(RECORDERS) or len(devices) > 1
+    ):
         raise ValueError(
-            f"`compile='graphs'` captures CUDA graphs, so `{argument}` must be on one CUDA device; it is on {where}. "
+            f"`compile={mode!r}` captures CUDA graphs, so `{argument}` must be on one CUDA device; it is on {where}. "
             "Allowed there: None, or 'inductor'."
         )
     if mode == "inductor" and len(devices) > 1:

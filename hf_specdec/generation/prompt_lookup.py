@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration import SpeculationConfig
+from ..kernels.step import upload
 from .state import DecodingState
 from .strategy import Draft, Drafter, SpeculationStrategy
 
@@ -53,12 +54,12 @@ class LookupDrafter(Drafter):
     def propose(self, state: DecodingState) -> Draft:
         """Look up each row's newest words."""
         rows = [
-            self._follow(state.text[row, :length], room)
+            self._follow(state.words[row, :length], room)  # on the CPU, so that no device is waited for
             for row, length, room in zip(state.active, state.committed, state.draft_room(self.limit), strict=True)
         ]
         counts = [len(found) for found in rows]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return Draft(tokens, counts)
+        return Draft(upload(tokens, state.device), counts)
 
     def _follow(self, text: torch.Tensor, room: int) -> torch.Tensor:
         """Return up to `room` tokens that followed the newest words of `text` `[t]` before, most words first."""

@@ -92,6 +92,10 @@ class ModelRunner:
     def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], **options: Any) -> None:
         """Make ready what a round's forwards need, by feeding again what was just fed; nothing by default."""
 
+    def close(self) -> None:
+        """Give up what forwards were made ready for; later ones run as they are."""
+        self.cache.step = None  # which may hold a view, and that the cache
+
     def inputs(self, tokens: torch.Tensor, step: Step) -> dict[str, Any]:
         """Return the keywords of the model's forward over `tokens` `[n, m]`, which lie where `step` says."""
         return {

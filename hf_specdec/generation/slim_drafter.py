@@ -108,7 +108,7 @@ class SlimVerifier:
             layers = self.units.attentions(self.found.keep)
             with state.timed("prefill"):
                 cache = SpeculativeCache(state.windows, len(state.active), capacity, state.target.cache.kernels)
-                runner = ModelRunner(self.model(state.model), cache, state.max_length, layers)
+                runner = ModelRunner(self.model(state.model), cache, state.longest, layers)
                 self.reader = Reader.read_prompts(state, runner)
             state.followers.append(self.reader)
 
@@ -116,7 +116,7 @@ class SlimVerifier:
         """Build the slim model again, now that the package's attention is on."""
         cache = state.target.cache if self.reader is None else self.reader.runner.cache
         layers = self.units.attentions(self.found.keep)
-        self.runner = ModelRunner(self.model(state.model), cache, state.max_length, layers)
+        self.runner = ModelRunner(self.model(state.model), cache, state.longest, layers)
         if self.reader is not None:
             self.reader.runner = self.runner
 
@@ -166,7 +166,7 @@ class SlimDrafter(Drafter):
     def setup(self, state: DecodingState) -> None:
         """Prepare both tiers."""
         self.inner.setup(state)
-        self.slim.setup(state, state.max_length + self.config.num_assistant_tokens + 1)
+        self.slim.setup(state, state.longest + self.config.num_assistant_tokens + 1)
         slim = self.slim
         state.stats.method.update(
             slim_forwards=0,
@@ -214,7 +214,7 @@ class SlimDrafter(Drafter):
                 if block.laws is not None:  # with prefilter, a dropped draft leaves its law
                     laws[slot] += block.laws[slot, : count + (whole and block.dropped[slot])]
                 found[slot] += new
-                state.write(row, new)  # as if emitted, so that what drafts and reads next sees it
+                state.write({row: new})  # as if emitted, so that what drafts and reads next sees it
                 method["drafter_tokens"] += draft.counts[slot]
                 method["drafter_kept"] += min(block.kept[slot], count)
                 unsure = count > 0 and block.confidence[slot][count - 1] < config.stage_stop_conf

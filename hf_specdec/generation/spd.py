@@ -203,7 +203,7 @@ class SPDStrategy(SpeculationStrategy):
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return storage as large as plain decoding's, so that attention reduces over the same slots."""
-        return SpeculativeCache(state.windows, rows, state.max_length + SpeculationConfig.num_assistant_tokens + 1)
+        return SpeculativeCache(state.windows, rows, state.longest + SpeculationConfig.num_assistant_tokens + 1)
 
     @property
     def controls(self) -> bool:
@@ -270,7 +270,7 @@ class SPDStrategy(SpeculationStrategy):
         self.parts = self.pipeline.parts
         self.tail = self.parts.tail()
         state.contexts.enter_context(speculative_attention(self.module))
-        self.reader = self.module.reader(state.model, state.max_length)
+        self.reader = self.module.reader(state.model, state.longest)
         self.reader.start(features, state.prompt.cached[state.active[0]])
         self.flying, self.finished = [], []
         self.rows += 1

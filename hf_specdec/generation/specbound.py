@@ -173,7 +173,7 @@ class SpecBoundStrategy(SpeculationStrategy):
         self.parts.check(state.target, state.pending, state.committed[0] - 1, output.logits)
         self.tail = self.parts.tail()
         self.rows = Rows(self.parts, state.target, self.config.num_assistant_tokens + 1)
-        self.reader = ExitReader(self.heads, self.parts, state.windows[-1], state.max_length)
+        self.reader = ExitReader(self.heads, self.parts, state.windows[-1], state.longest)
         if seen:
             state.contexts.enter_context(speculative_attention(self.heads))
             tokens = state.text[state.active, first : state.committed[0]]

@@ -45,7 +45,9 @@ class DecodingState:
 
     Attributes:
         ids (`torch.Tensor` of shape `[b, max_length]`, int64): the text by column, rows in the caller's order, padded.
-        text (`torch.Tensor` of shape `[b, max_length]`, int64): the same by position, without padding.
+        text (`torch.Tensor` of shape `[b, longest]`, int64): the same by position, without padding.
+        words (`torch.Tensor` of shape `[b, longest]`, int64): the same on the CPU.
+        longest (`int`): tokens that a row can have at most, those of an earlier turn included.
         columns (`list[int]`): columns that each row has.
         active (`list[int]`): the row in each slot.
         greedy_law (`float`, *optional*): temperature of the laws that greedy drafts are to keep; `None` for no laws.
@@ -72,8 +74,11 @@ class DecodingState:
         self.pad_token = int(pad) if pad is not None else 0
         self.ids = prompt.ids.new_full((self.batch, max(self.max_length, given)), self.pad_token)
         self.ids[:, :given] = prompt.ids
-        self.text = prompt.ids.new_zeros(self.batch, max(self.max_length, max(prompt.lengths)))
+        # `max_length` counts columns of `input_ids`, which may be the new tokens only, behind a longer cache
+        self.longest = max(self.max_length, max(prompt.lengths) + self.max_length - given)
+        self.text = prompt.ids.new_zeros(self.batch, self.longest)
         self.text[:, : prompt.tokens.shape[1]] = prompt.tokens
+        self.words = self.text.cpu()  # the same tensor where the text is there already
         self.columns = [given] * self.batch
         # position = column - offset for generated tokens; negative where a cache holds columns that `input_ids` lacks
         self.offsets = [given - length for length in prompt.lengths]
@@ -206,13 +211,21 @@ class DecodingState:
         """Make `rows` active, with a fresh cache."""
         self.active, self.target, self.followers, self._eos = list(rows), target, [target.cache], eos
 
-    def write(self, row: int, tokens: Sequence[int]) -> None:
-        """Append `tokens` to `row`."""
-        column, position = self.columns[row], self.columns[row] - self.offsets[row]
-        new = upload(tokens, self.device)
-        self.ids[row, column : column + len(tokens)] = new
-        self.text[row, position : position + len(tokens)] = new
-        self.columns[row] += len(tokens)
+    def write(self, new: dict[int, list[int]]) -> None:
+        """Append tokens to rows, all at once."""
+        places = []
+        for row, tokens in new.items():
+            column, position = self.columns[row], self.columns[row] - self.offsets[row]
+            places += [(row, column + i, position + i, token) for i, token in enumerate(tokens)]
+            self.columns[row] += len(tokens)
+        if not places:
+            return
+        rows, columns, positions, words = upload(list(zip(*places, strict=True)), self.device)
+        self.ids[rows, columns] = words
+        self.text[rows, positions] = words
+        if self.words is not self.text:
+            for row, _, position, token in places:
+                self.words[row, position] = token
 
     def cut(self, row: int, column: int) -> None:
         """Drop what `row` has from `column` on."""

@@ -191,13 +191,13 @@ class SpeculationStrategy:
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return the target's storage for `rows` rows."""
-        capacity = state.max_length + self.config.num_assistant_tokens + 1
+        capacity = state.longest + self.config.num_assistant_tokens + 1
         return SpeculativeCache(state.windows, rows, capacity, self.config.kernels)
 
     def make_runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
         """Return what runs the target over `cache`."""
         widths = [1] if self.drafter is None else [1, self.config.num_assistant_tokens + 1]
-        return programs.make_runner(self.config.compile, state.model, cache, state.max_length, widths=widths)
+        return programs.make_runner(self.config.compile, state.model, cache, state.longest, widths=widths)
 
     def setup(self, state: DecodingState) -> None:
         """Prepare for the active rows, before their prompts are run."""

@@ -113,9 +113,10 @@ class VegasDrafter(Drafter):
         sinks = config.num_sink
         if sinks is None:
             sinks = _WINDOW_SINKS if config.selection == "window" else 0
-        options: dict[str, Any] = {"timed": lambda: state.timed("select")}
+        stats, device = state.stats, state.device  # not the state: it holds the view
+        options: dict[str, Any] = {"timed": lambda: stats.phase("select", device)}
         if state.target.fixed:  # selection is a part of the captured verification, and not timed apart
-            options = {"longest": state.max_length}
+            options = {"longest": state.longest}
         self.view = (FixedView if state.target.fixed else SparseView)(
             state.target.cache,
             len(state.active),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,11 @@ _LARGEST = 256
 
 @functools.cache
 def _installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    try:  # some packages of this name have other parts only
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return False
+    return callable(flash_attn_with_kvcache)
 
 
 def lacks(request: Request) -> str | None:
@@ -30,8 +33,11 @@ def lacks(request: Request) -> str | None:
         return f"flash-attn runs on CUDA devices, not on {request.device!r}"
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 and bfloat16, not {request.dtype}"
-    if request.size > _LARGEST or request.size != request.value_size:
-        return f"flash-attn takes equal head sizes up to {_LARGEST}, not {request.size} and {request.value_size}"
+    if request.size > _LARGEST or request.size % 8 or request.size != request.value_size:
+        return (
+            f"flash-attn takes equal head sizes that are multiples of 8 up to {_LARGEST}, not {request.size} and "
+            f"{request.value_size}"
+        )
     if request.sinks:
         return "flash-attn has no learned sinks"
     if request.score is not None:
@@ -65,7 +71,7 @@ def cached_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        cache_seqlens=step.ends_on(query.device).int(),
+        cache_seqlens=step.memo((query.device, "ends32"), lambda: step.ends_on(query.device).int()),
         softmax_scale=scaling,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),

@@ -67,8 +67,8 @@ class ScoreSink(Protocol):
 
 
 def upload(values: Any, device: torch.device) -> torch.Tensor:
-    """Return `values`, integers in nested lists, as int64 on `device`; the host does not wait for the copy."""
-    tensor = torch.tensor(values, dtype=torch.int64)
+    """Return `values`, a tensor or nested lists of integers, as int64 on `device`; the host waits for no copy."""
+    tensor = torch.as_tensor(values, dtype=torch.int64)
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

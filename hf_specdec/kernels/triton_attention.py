@@ -29,7 +29,8 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _LARGEST_SCORE = tl.constexpr(65000.0)  # a bit below what float16 holds
 
 
-@triton.jit
+# what changes from step to step is not specialised: code for each residue and for 1 would be compiled on the way
+@triton.jit(do_not_specialize=["capacity", "score_width", "window", "selected"])
 def _attend(  # type: ignore[no-untyped-def]
     # inputs; `starts` and `last` with the cache, `counts` and `ends` with a side buffer
     query, key, value, sinks, starts, last, counts, ends,
@@ -141,7 +142,7 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(output + entry[:, None] * VALUE_HEAD + value_dims, result, mask=kept_dims)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(  # type: ignore[no-untyped-def]
     partial, logs, last, output, score_logs, m, heads, splits,
     VALUE_HEAD: tl.constexpr, BLOCK_VALUE: tl.constexpr, SPLITS: tl.constexpr, SOME: tl.constexpr,

@@ -60,7 +60,7 @@ def properties(device: torch.device) -> Any:
     return torch.cuda.get_device_properties(device)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["score_width", "length", "window"])
 def _reduce(  # type: ignore[no-untyped-def]
     products, logs, starts, last, output, score_width, length, rows, window, softcap, factor,
     TOKENS: tl.constexpr, SOME: tl.constexpr, EACH: tl.constexpr, WEIGHT: tl.constexpr, WINDOWED: tl.constexpr,
@@ -215,7 +215,7 @@ def _pointers(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) 
     return tuple(tensor.data_ptr() for tensor in (*sources, *targets))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["i_layer", "i_row", "i_head", "width"])
 def _gather(  # type: ignore[no-untyped-def]
     table, index, i_layer, i_row, i_head, i_token, heads, width,
     WORD: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr,
