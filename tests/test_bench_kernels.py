@@ -25,6 +25,12 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results" / "vegas-7900.json"
 VEGAS = "vegas@min_context=0"
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch):
+    """Without a GPU the other tests let Triton interpret its kernels; here they are to be left out, as for users."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def tiny_cases(dtype=torch.float32):
     return steps.kernel_cases({"tiny": steps.shape_config("tiny")}, dtype)
 
