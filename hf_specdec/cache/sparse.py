@@ -122,10 +122,7 @@ class SparseView:
     def _gather(self, step: Step) -> None:
         waiting, self._waiting = self._waiting, {}
         fed = min(step.width - 1, self.recents)
-        index = {
-            layer_idx: self._places(self.chosen[layer_idx], fed, step, keys)
-            for layer_idx, (keys, _) in waiting.items()
-        }
+        index = {layer_idx: self._places(self.chosen[layer_idx], fed, step) for layer_idx in waiting}
         if waiting and self._at_once(next(iter(waiting.values()))[0]):
             self._gather_at_once(index, waiting)
             return
@@ -153,7 +150,7 @@ class SparseView:
             table = self._tables[group][1]
             triton_select.gather_layers(sources, targets, stacked, heads=group[1], table=table)
 
-    def _places(self, chosen: torch.Tensor, fed: int, step: Step, keys: torch.Tensor) -> torch.Tensor:
+    def _places(self, chosen: torch.Tensor, fed: int, step: Step) -> torch.Tensor:
         """Return the slots that fill a side buffer: the chosen ones, then those of the tokens fed after the first."""
         if not fed:
             return chosen

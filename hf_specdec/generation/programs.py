@@ -39,9 +39,13 @@ class NoWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, or raise."""
-        if func.overloadpacket.__name__ in _WAITS:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        # a mask as an index has to be counted first
+        masked = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        fetched = name == "_to_copy" and str(kwargs.get("device")) == "cpu" and args[0].device.type != "cpu"
+        if name in _WAITS or masked or fetched:
             raise Waits(str(func))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class CudaRecorder:

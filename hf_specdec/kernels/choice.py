@@ -129,10 +129,13 @@ def check(name: str, request: Request) -> None:
 def choose(name: str, request: Request) -> str:
     """Return the kernel for `request`: the one that is asked for where it can serve it, else the first that can."""
     order = _ORDERS.get(request.device, _ELSEWHERE)
-    if name != "auto" and _LACKS[name](request) is None:
+    reason = None if name == "auto" else _LACKS[name](request)
+    if name != "auto" and reason is None:
         return name
     chosen = next(other for other in order if _LACKS[other](request) is None)
-    if request.device == "cuda" and chosen in _ELSEWHERE:
+    if reason is not None and name != "flash":  # of which it is known that it serves some forwards only
+        logger.warning_once(f"`kernels={name!r}` can't serve every forward: {reason}. {chosen!r} serves such ones.")
+    elif request.device == "cuda" and chosen in _ELSEWHERE:
         logger.warning_once(f"hf_specdec attends by {chosen!r}, not by its Triton kernels: {_triton_lacks(request)}.")
     else:
         logger.info_once(f"hf_specdec attends by {chosen!r} on {request.device} (`kernels={name!r}`).")
