@@ -284,6 +284,7 @@ def construct(target_of_line, queries="first_last", positions=(10,)):
 class FakeCache:
     def __init__(self):
         self.layers = [type("Layer", (), {"window": None})()]
+        self.kernels = "auto"
 
 
 def test_row_4_the_first_and_the_last_line_decide():
