@@ -310,6 +310,7 @@ def test_row_5_one_loud_head_counts_as_its_share(query_heads, key_heads):
         view = SparseView(FakeCache(), 1, lambda keys, valid: 6, 7, ("first_last", "weight", False))
         step = Step([19], 4, CPU, score=view)
         _, metric = explicit.cached_attention(query, key, key, step, scaling=0.5, score=view.wanted)
+        view.begin(step.starts, step.last)
         view.take(0, metric, step, key, key)
         (scores,) = definition(query, key, [19], [3], 0.5)
         torch.testing.assert_close(metric[0, :20], scores)
