@@ -181,7 +181,7 @@ def test_a_forward_of_another_shape_runs_uncaptured(recorded, llama):
 
 
 def test_the_fixed_view_reads_what_the_growing_one_reads(recorded, no_ties, llama):
-    """Poisoned storage: neither reads a token that was not chosen, nor a column that was not written."""
+    """Round by round: the same drafts, from as many candidates and chosen tokens."""
     found = []
     for mode in (None, "graphs"):
         counts = []

@@ -203,7 +203,8 @@ class SPDStrategy(SpeculationStrategy):
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return storage as large as plain decoding's, so that attention reduces over the same slots."""
-        return SpeculativeCache(state.windows, rows, state.longest + SpeculationConfig.num_assistant_tokens + 1)
+        capacity = state.longest + SpeculationConfig.num_assistant_tokens + 1
+        return SpeculativeCache(state.windows, rows, capacity, self.config.kernels)
 
     @property
     def controls(self) -> bool:

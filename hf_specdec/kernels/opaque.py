@@ -107,16 +107,7 @@ def _attend(
 
 
 @_attend.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    number: torch.Tensor,
-    layer_idx: int,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
