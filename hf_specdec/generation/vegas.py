@@ -178,7 +178,7 @@ class VegasDrafter(Drafter):
 
     def _scoring(self, state: DecodingState, last: list[int]) -> dict[str, Any]:
         longest = max(length + count for length, count in zip(state.committed, last, strict=True))
-        if longest + 1 < self.config.min_context:
+        if longest + 1 < self.config.min_context or not any(self.view.covered):
             return {}  # no row can draft in the next round
         return {"score": self.view, "last": last}
 
