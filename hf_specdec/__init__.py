@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .generation.plain import PlainConfig
     from .generation.prompt_lookup import PromptLookupConfig
     from .generation.ranks import PipelineRankError
+    from .generation.registry import register_strategy
     from .generation.slim_drafter import ViaSDQualityError
     from .generation.spd import SPDConfig
     from .generation.specbound import SpecBoundConfig
@@ -55,6 +56,7 @@ _EXPORTS = {
     "load_draft": "generation.draft_model",
     "load_stage": "generation.stage_loading",
     "on_speculation": "generation.stats",
+    "register_strategy": "generation.registry",
     "save_strategy": "hub",
     "uninstall": "integration",
     "unload": "generation.adapters",
@@ -81,6 +83,7 @@ __all__ = [
     "load_draft",
     "load_stage",
     "on_speculation",
+    "register_strategy",
     "save_strategy",
     "uninstall",
     "unload",

@@ -11,7 +11,7 @@ from ..configuration import SpeculationConfig
 if TYPE_CHECKING:
     from .strategy import SpeculationStrategy
 
-STRATEGIES = {
+STRATEGIES: dict[str, str | type[SpeculationStrategy]] = {
     "plain": "plain:PlainStrategy",
     "assisted": "assisted:AssistedStrategy",
     "prompt_lookup": "prompt_lookup:PromptLookupStrategy",
@@ -21,14 +21,37 @@ STRATEGIES = {
     "via_sd": "via_sd:ViaSDStrategy",
     "spd": "spd:SPDStrategy",
 }
-"""Strategy name to `module:class` inside `hf_specdec.generation`."""
+"""Strategy name to `module:class` inside `hf_specdec.generation`, or to a class that `register_strategy` was given."""
+
+
+def register_strategy(cls: type[SpeculationStrategy]) -> type[SpeculationStrategy]:
+    """Make a strategy of your own known by its config's name, for this process; usable as a decorator.
+
+    Args:
+        cls (`type[SpeculationStrategy]`): its `config_class.strategy` is the name.
+
+    Raises:
+        ValueError: if the config class has no name, or another class has it.
+    """
+    name = cls.config_class.strategy
+    if not name or not name.isidentifier():
+        raise ValueError(f"`{cls.config_class.__name__}.strategy` must be a name like 'vegas', got {name!r}.")
+    known = STRATEGIES.setdefault(name, cls)
+    # a notebook's cell that runs again defines its class again
+    if isinstance(known, str) or (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"The strategy {name!r} is registered already, as {known}.")
+    STRATEGIES[name] = cls
+    return cls
 
 
 def strategy_class(name: str) -> type[SpeculationStrategy]:
     """Return the strategy class called `name`; raise `ValueError` that lists the known names for any other."""
     if name not in STRATEGIES:
         raise ValueError(f"Unknown strategy {name!r}; the known ones are {', '.join(sorted(STRATEGIES))}.")
-    module, _, attribute = STRATEGIES[name].partition(":")
+    entry = STRATEGIES[name]
+    if not isinstance(entry, str):
+        return entry
+    module, _, attribute = entry.partition(":")
     cls: type[SpeculationStrategy] = getattr(importlib.import_module(f".{module}", __package__), attribute)
     if cls.config_class.strategy != name:
         raise RuntimeError(f"{cls.__name__}'s config says {cls.config_class.strategy!r}, the registry says {name!r}.")
