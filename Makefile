@@ -22,7 +22,7 @@ SOURCES := hf_specdec $(wildcard tests examples docs)
 install = $(PIP) $(CONSTRAIN) -e '.[$(1)]' $(if $(TRANSFORMERS),'transformers$(TRANSFORMERS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quality style clean FORCE
+.PHONY: help demo test docs quality style clean FORCE
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -32,6 +32,9 @@ demo: $(VENV)/.demo $(VENV)/.smollm2  ## answer a question about a long text, an
 
 test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(VENV)/.docs  ## build the documentation into site/, and fail on anything broken
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 quality: $(VENV)/.dev  ## lint, formatting and types, changing nothing
 	$(BIN)/ruff check $(SOURCES)
@@ -55,7 +58,7 @@ $(VENV)/.torch: constraints.txt $(VENV)/.versions
 	$(PIP) $(if $(TORCH),'$(TORCH)',-c constraints.txt torch)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.torch
 	$(call install,$*)
 	@touch $@
 

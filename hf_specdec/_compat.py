@@ -5,6 +5,9 @@ Each entry says which releases need it, so that it can be dropped when the suppo
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,3 +95,56 @@ def is_filled_in(generation_config: Any, name: str) -> bool:
     if name not in _ASSISTANT_DEFAULTS:
         return False
     return all(getattr(generation_config, key, None) == value for key, value in _ASSISTANT_DEFAULTS.items())
+
+
+def serve_command() -> type:
+    """Return the class behind `transformers serve`; its constructor runs the server.
+
+    Raises:
+        ImportError: if what it needs is not installed.
+    """
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ImportError("Serving needs FastAPI, Uvicorn and the OpenAI client: pip install 'hf-specdec[serve]'")
+    from transformers.cli.serve import Serve
+
+    return Serve
+
+
+@contextmanager
+def extended_server(extend: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Call `extend(app, model_manager)` on each app that `transformers serve` builds inside this context.
+
+    5.17 to 5.23 build the app inside the command's constructor, from a function that it looks up by name.
+    """
+    from transformers.cli.serving import server
+
+    build = server.build_server
+
+    @functools.wraps(build)
+    def build_and_extend(model_manager: Any, *args: Any, **kwargs: Any) -> Any:
+        app = build(model_manager, *args, **kwargs)
+        extend(app, model_manager)
+        return app
+
+    server.build_server = build_and_extend
+    try:
+        yield
+    finally:
+        server.build_server = build
+
+
+def on_model_load(model_manager: Any, prepare: Callable[[Any], None]) -> None:
+    """Call `prepare(model)` for the models that `transformers serve` holds, and whenever it hands one to a request."""
+    load = model_manager.load_model_and_processor  # also loads again what `POST /reset` dropped
+
+    @functools.wraps(load)
+    def load_and_prepare(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        prepare(loaded[0])
+        return loaded
+
+    model_manager.load_model_and_processor = load_and_prepare
+    for timed in model_manager.loaded_models.values():
+        prepare(timed.model)

@@ -1,4 +1,4 @@
-"""The command `hf-specdec`: demo, list, bench, evaluate, calibrate, train."""
+"""The command `hf-specdec`: demo, list, bench, evaluate, calibrate, train, push, export, serve."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .bench import commands as calibration
@@ -24,6 +25,8 @@ from .console import (
     read_prompts,
     write_json,
 )
+from .deploy import export_app, serve
+from .hub_commands import push_command
 from .training import commands as training
 from .training.evaluate import evaluate_command
 
@@ -78,7 +81,10 @@ _Memory = Annotated[float | None, typer.Option(help="With --kernels: GiB that ma
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.add_typer(training.app, name="train")
 app.add_typer(calibration.app, name="calibrate")
+app.add_typer(export_app, name="export")
 app.command("evaluate")(evaluate_command)
+app.command("serve")(serve)
+app.command("push")(push_command)
 
 
 def main() -> None:
@@ -86,7 +92,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {error}", highlight=False)
+        Console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 

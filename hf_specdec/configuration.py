@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import types
 import typing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
 from transformers.utils import logging
 
-from . import __version__
+from . import __version__, artefacts
+from .artefacts import ADAPTER_NAME as ADAPTER_NAME
+from .artefacts import CONFIG_NAME as CONFIG_NAME
 
-
-CONFIG_NAME = "specdec_config.json"
-"""File name of a saved config, in a folder or a Hub repository."""
-
-ADAPTER_NAME = "specdec_adapter.safetensors"
-"""File name of the tensors of an adapter, beside its config."""
 
 COMPILE_MODES = ("graphs", "inductor", "graphs+inductor")
 """Values of `compile`, beside `None`."""
@@ -104,6 +98,8 @@ class SpeculationConfig:
         """
         values = dict(values)
         name, version = values.pop("strategy", cls.strategy), values.pop("hf_specdec_version", __version__)
+        if not isinstance(name, str) or not isinstance(version, str):
+            raise ValueError(f"`strategy` and `hf_specdec_version` must be strings, got {name!r} and {version!r}.")
         if cls is SpeculationConfig:
             # the table of strategies is above this module; it is needed only once a file names one
             from .generation.registry import config_class
@@ -119,57 +115,136 @@ class SpeculationConfig:
                 f"{cls.__name__} has no field {', '.join(unknown)}; its fields: {', '.join(sorted(known))}."
             )
         if unknown:
-            logger.warning(f"{cls.__name__}: ignoring {', '.join(unknown)}, written by hf_specdec {version}.")
+            logger.warning(
+                f"{cls.__name__}: ignoring {', '.join(unknown)}, written by hf_specdec {version}; this is "
+                f"{__version__}. To use them: pip install -U hf-specdec."
+            )
         nested: dict[str, Any] = {
             key: SpeculationConfig.from_dict(v) if isinstance(v, dict) else v for key, v in values.items()
         }
         return cls(**{key: value for key, value in nested.items() if key in known})
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the settings to `folder/specdec_config.json`, making the folder where needed."""
+        """Write the settings, the adapter that they name, and a card, to a folder that can be moved and pushed.
+
+        The files of `adapter` are copied, and those of an adapter of a nested config (`drafter`) into a subfolder of
+        that field's name. A card that is there is left alone.
+
+        Args:
+            folder (`str` or `Path`): made where needed.
+
+        Raises:
+            FileNotFoundError: if the adapter, or one of its files, is not there.
+        """
+        # cards know the methods, which are above this module
+        from .card import write_card
+
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        (path / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        artefacts.write_values(path, self._saved(path))
+        if not (path / "README.md").exists():
+            write_card(path)
+
+    def _saved(self, folder: Path) -> dict[str, Any]:
+        """Copy adapters into `folder`, and return what its config file is to hold."""
+        values = self.to_dict()
+        adapter = getattr(self, "adapter", None)
+        if adapter is not None:
+            values["adapter"] = artefacts.copy_adapter(adapter, folder)
+        for own in fields(self):
+            nested = getattr(self, own.name)
+            if isinstance(nested, SpeculationConfig):
+                values[own.name] = nested._saved(folder / own.name)
+                if artefacts.files_of({own.name: values[own.name]}, str(folder)):
+                    artefacts.write_values(folder / own.name, values[own.name])
+        return values
 
     @classmethod
-    def from_pretrained(cls: type[ConfigType], name_or_path: str | Path, **hub_kwargs: Any) -> ConfigType:
+    def from_pretrained(
+        cls: type[ConfigType],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+    ) -> ConfigType:
         """Load the settings from a folder or a Hub repository; `SpeculationConfig` returns the right subclass.
+
+        From the Hub the adapter comes along, of the same revision. Only safetensors and JSON are read, and no code is
+        run.
 
         Args:
             name_or_path (`str` or `Path`): a folder that holds `specdec_config.json`, or a repository's name.
-            hub_kwargs: passed to `huggingface_hub.hf_hub_download`, such as `revision`, `token`, `cache_dir`,
-                `local_files_only` and `subfolder`.
+            revision (`str`, *optional*): branch, tag or commit of the repository.
+            token (`str` or `bool`, *optional*): for a private repository; by default that of `hf auth login`.
+            cache_dir (`str` or `Path`, *optional*): of the Hub's files.
+            local_files_only (`bool`, *optional*, defaults to `False`): read the cache only.
+            subfolder (`str`, *optional*): of the folder or repository.
 
         Raises:
-            FileNotFoundError: if the folder exists and holds no such file.
+            OSError: if the repository can't be read, or a file did not arrive; `FileNotFoundError` if the folder or
+                the repository holds no such file.
             ValueError: if the file is not JSON, or its content is refused by `from_dict`.
         """
-        folder = Path(name_or_path)
-        if folder.is_dir():
-            path = folder / hub_kwargs.get("subfolder", "") / CONFIG_NAME
-            if not path.is_file():
-                raise FileNotFoundError(f"The folder {str(folder)!r} holds no {CONFIG_NAME}.")
-        else:
-            path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, **hub_kwargs))
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r} is not JSON: {error}.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(values).__name__}.")
-        if isinstance(values.get("adapter"), dict):  # the record of an adapter that lies beside this file
-            for name in [] if folder.is_dir() else values["adapter"].get("files", [ADAPTER_NAME]):
-                hf_hub_download(str(name_or_path), name, **hub_kwargs)
-            values["adapter"] = str(path.parent)
-        return cls.from_dict(values)
+        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub["local_files_only"] = local_files_only
+        return cls._loaded(artefacts.locate(name_or_path, subfolder, **hub))
 
-    def push_to_hub(self, repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-        """Upload the settings to the Hub repository `repo_id`, made where needed, and return the commit's address."""
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        content = (json.dumps(self.to_dict(), indent=2) + "\n").encode()
-        info = api.upload_file(path_or_fileobj=content, path_in_repo=CONFIG_NAME, repo_id=repo_id)
-        return str(info.commit_url)
+    @classmethod
+    def _loaded(cls: type[ConfigType], folder: Path) -> ConfigType:
+        """Return the settings in `folder`, with the folder as their `adapter` where one lies beside them."""
+        values = artefacts.read_values(folder)
+        artefacts.files_of(values, artefacts.place(folder))
+        try:
+            return cls.from_dict(_located(values, folder))
+        except (ValueError, TypeError) as error:
+            message = f"{CONFIG_NAME} in {artefacts.place(folder)}: {error}"
+            version = values.get("hf_specdec_version", __version__)
+            if isinstance(version, str) and _release(version) > _release(__version__):
+                message += (
+                    f" It was written by hf_specdec {version}, this is {__version__}: pip install -U hf-specdec."
+                )
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a Hub repository, in one commit, and return the commit's address.
+
+        Args:
+            repo_id (`str`): the repository, made where needed. The text of a card that it has is kept.
+            token (`str` or `bool`, *optional*): that may write; by default that of `hf auth login`.
+            private (`bool`, *optional*): visibility of a repository that is made.
+            revision (`str`, *optional*): branch to upload to, made where needed; the main one by default.
+            commit_message (`str`, *optional*): of the commit.
+
+        Raises:
+            OSError: if the Hub refuses the upload or can't be reached.
+            ValueError: for settings that can't be uploaded, or another visibility than the repository has.
+        """
+        # the upload looks into adapters, which are above this module
+        from .hub import push_config
+
+        return push_config(
+            self, repo_id, token=token, private=private, revision=revision, commit_message=commit_message
+        )
+
+
+def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return settings whose records of adapters are replaced by the folders in which the adapters lie."""
+    found = {
+        name: _located(value, folder / name) if isinstance(value, dict) and name != "adapter" else value
+        for name, value in values.items()
+    }
+    return {**found, "adapter": str(folder)} if isinstance(found.get("adapter"), dict) else found
 
 
 def _release(version: str) -> tuple[int, ...]:

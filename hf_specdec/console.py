@@ -44,13 +44,17 @@ def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
 
 def load_assistant(target: PreTrainedModel, name: str, dtype: str, device: str) -> PreTrainedModel:
     """Return the second model called `name`: a draft that was cut from the target, or a model of its own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     from .configuration import CONFIG_NAME
     from .generation.draft_model import load_draft
 
     folder = Path(name)
     if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
         return load_draft(target, name)
-    return load_model(name, dtype, device)[0]
+    # its tokenizer is the target's, and need not lie beside it
+    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), device_map=device).eval()
 
 
 def progress_bar() -> Progress:

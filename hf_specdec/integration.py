@@ -15,9 +15,12 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
 from . import _compat
+from .artefacts import HUB_KEYWORDS
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -49,6 +52,10 @@ def decoding_loop(
     tokenizer: Any = None,
     assistant_tokenizer: Any = None,
     settings: dict[str, Any] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Any:
     """Return a callable for `model.generate(custom_generate=...)`: the official hook, no wrapper involved.
 
@@ -63,9 +70,15 @@ def decoding_loop(
             vocabulary.
         assistant_tokenizer (`PreTrainedTokenizerBase`, *optional*): see `tokenizer`.
         settings (`dict`, *optional*): fields of the config that differ from what `strategy` gives.
+        revision (`str`, *optional*): of a strategy that is a Hub repository, like the three below.
+        token (`str` or `bool`, *optional*): for a private repository; by default that of `hf auth login`.
+        cache_dir (`str` or `Path`, *optional*): of the Hub's files.
+        local_files_only (`bool`, *optional*, defaults to `False`): read the cache only.
 
     Raises:
-        ValueError: for an unknown strategy, or an assistant that it needs and did not get, or got and does not use.
+        ValueError: for an unknown strategy, an assistant that it needs and did not get, or got and does not use, or
+            a Hub keyword with a strategy that is no Hub repository.
+        OSError: if a Hub repository can't be read.
     """
     from .generation.admission import check_tokenizers
     from .generation.loop import DecodingLoop
@@ -73,7 +86,8 @@ def decoding_loop(
 
     _prepare_attention()
     check_tokenizers(tokenizer, assistant_tokenizer)
-    config = resolve_strategy(strategy, settings)
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    config = resolve_strategy(strategy, settings, **hub)
     return DecodingLoop(config, assistant_model=assistant_model, streamer=streamer)
 
 
@@ -94,8 +108,7 @@ def install() -> None:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         generation_config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         if not _requested(self, generation_config, kwargs):
-            kwargs.pop("assistant_strategy", None)
-            kwargs.pop("assistant_strategy_config", None)
+            kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS or value is not None}
             return original(self, *args, **kwargs)
         return _generate(original, self, args, kwargs)
 
@@ -118,12 +131,28 @@ def uninstall() -> None:
             delattr(GenerationConfig, name)
 
 
+def generate_with(strategy: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Do what `model.generate(*args, assistant_strategy=strategy, **kwargs)` does, wrapper or not.
+
+    Args:
+        strategy (`str` or `SpeculationConfig`): what `assistant_strategy` would be.
+        model (`PreTrainedModel`): the target.
+        args: what `generate()` takes by position.
+        kwargs: what `generate()` takes by keyword.
+    """
+    original = getattr(GenerationMixin.generate, _MARK, GenerationMixin.generate)
+    return _generate(original, model, args, {**kwargs, "assistant_strategy": strategy})
+
+
 def _requested(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bool:
     """Whether any source names a strategy. (Stock's own assistants call `generate` too; they are left alone.)"""
     if getattr(generation_config, "is_assistant", False):
         return False
-    if kwargs.get("assistant_strategy") is not None or kwargs.get("assistant_strategy_config") is not None:
+    if kwargs.get("assistant_strategy") is not None:
         return True
+    if kwargs.get("assistant_strategy_config") is not None:
+        # without a strategy it may be for a `custom_generate` repository that names one (see `export`)
+        return not isinstance(kwargs.get("custom_generate"), str)
     sources = (generation_config, getattr(model, "generation_config", None))
     return any(getattr(source, "assistant_strategy", None) is not None for source in sources)
 
@@ -165,6 +194,7 @@ def _generate(original: Callable[..., Any], model: Any, args: tuple[Any, ...], k
         tokenizer=kwargs.get("tokenizer"),
         assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
         settings=settings,
+        **{name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs},
     )
     # here as well as in the loop: stock may run an encoder or build a cache before it calls the loop
     admission.layer_windows(model)

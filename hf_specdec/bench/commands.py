@@ -103,6 +103,7 @@ def calibrate_specbound_command(
     """Find the settings of SpecBound that pay on this device."""
     import torch
 
+    from ..card import write_card
     from ..generation.adapters import write_config
     from ..generation.specbound import SpecBoundConfig
     from .calibrate_specbound import WORTHWHILE, calibrate_specbound
@@ -137,6 +138,7 @@ def calibrate_specbound_command(
         console.print(f"Below {WORTHWHILE}x: plain decoding is the better choice for this model and device.")
     if save is not None:
         write_config(save, chosen)
+        write_card(save)
         console.print(f"saved to {save}")
 
 
@@ -219,6 +221,7 @@ def calibrate_via_sd_command(
     """Search which layers VIA-SD's slim verifier can do without."""
     from dataclasses import asdict
 
+    from ..card import write_card
     from ..generation.slim import Units, save_slim
     from ..generation.via_sd import ViaSDConfig
     from ..training.commands import model_and_texts
@@ -243,6 +246,7 @@ def calibrate_via_sd_command(
     save_slim(
         save, ViaSDConfig(slim_cache=None if slim_cache == "shared" else slim_cache), loaded, units, keep, calibration
     )
+    write_card(save)
     console.print(f"left out: {', '.join(units.names[unit] for unit in units.skipped(keep))}")
     console.print(_figures("searched mask", figures))
     console.print(_figures("evenly spaced", calibration["even_mask"]))

@@ -6,7 +6,6 @@ the format's version, and the models they were made for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from ..configuration import ADAPTER_NAME, CONFIG_NAME, SpeculationConfig
+from .. import artefacts
+from ..artefacts import ADAPTER_NAME, CONFIG_NAME, FORMAT_VERSION
+from ..configuration import SpeculationConfig
 
-
-FORMAT_VERSION = 1
 
 Built = TypeVar("Built")
 
@@ -39,6 +38,11 @@ class Adapter:
     record: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     folder: Path
+
+    @property
+    def place(self) -> str:
+        """How messages name the folder: by its repository where it is on the Hub."""
+        return artefacts.place(self.folder)
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -73,15 +77,18 @@ def check_model(model: PreTrainedModel, noted: dict[str, Any], folder: Path, rol
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         if found[key] != noted[key]:
             raise ValueError(
-                f"The adapter in {str(folder)!r} was made for a `{role}` with {key} {noted[key]!r} "
-                f"({noted['name']}), but this one has {found[key]!r} ({found['name']})."
+                f"The adapter in {artefacts.place(folder)} was made for a `{role}` with {key} {noted[key]!r} "
+                f"({noted['name']}), but this one has {found[key]!r} ({found['name']}). {_OTHER}"
             )
     same = torch.allclose(torch.tensor(found["fingerprint"]), torch.tensor(noted["fingerprint"]), rtol=0.02)
     if not same:
         raise ValueError(
-            f"The adapter in {str(folder)!r} was made for another `{role}` of the same shape ({noted['name']}): the "
-            f"embeddings of {found['name']!r} differ."
+            f"The adapter in {artefacts.place(folder)} was made for another `{role}` of the same shape "
+            f"({noted['name']}): the embeddings of {found['name']!r} differ. {_OTHER}"
         )
+
+
+_OTHER = "Use it with the model that it names, or train one for this model (`hf-specdec train --help`)."
 
 
 def write_adapter(
@@ -105,10 +112,8 @@ def write_adapter(
 
 def write_record(folder: str | Path, config: SpeculationConfig, record: dict[str, Any]) -> None:
     """Write settings with the record of an adapter; `record["files"]` names its files, if not the usual one."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     values = {**config.to_dict(), "adapter": {"format_version": FORMAT_VERSION, **record}}
-    (path / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    artefacts.write_values(Path(folder), values)
 
 
 def write_config(folder: str | Path, config: SpeculationConfig) -> None:
@@ -118,40 +123,26 @@ def write_config(folder: str | Path, config: SpeculationConfig) -> None:
         ValueError: for settings of another strategy than the adapter's.
     """
     path = Path(folder)
-    file = path / CONFIG_NAME
-    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    noted = artefacts.read_values(path) if (path / CONFIG_NAME).is_file() else {}
     if not isinstance(noted.get("adapter"), dict):
         config.save_pretrained(path)
         return
     if noted["strategy"] != config.strategy:
         raise ValueError(f"{str(path)!r} holds an adapter of {noted['strategy']!r}, not of {config.strategy!r}.")
-    values = {**config.to_dict(), "adapter": noted["adapter"]}
-    (path / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    artefacts.write_values(path, {**config.to_dict(), "adapter": noted["adapter"]})
 
 
 def read_record(name_or_path: str | Path, kind: str) -> tuple[dict[str, Any], Path]:
     """Return the record of an adapter in a folder or a Hub repository, and the folder; its tensors are not read.
 
     Raises:
-        FileNotFoundError: if there is no config file.
+        OSError: if there is no config file, or the repository can't be read.
         ValueError: for an adapter of another kind, or a format that this release doesn't know.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        if str(name_or_path).count("/") != 1:
-            raise FileNotFoundError(f"`adapter={str(name_or_path)!r}` is neither a folder nor a Hub repository.")
-        folder = Path(hf_hub_download(str(name_or_path), CONFIG_NAME)).parent
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {CONFIG_NAME}.")
-    record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("adapter")
+    record, folder = artefacts.read_record(name_or_path)
     if not isinstance(record, dict) or record.get("kind") != kind:
         found = record.get("kind") if isinstance(record, dict) else None
-        raise ValueError(f"{str(folder)!r} holds an adapter of kind {found!r}; needed: {kind!r}.")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"The adapter in {str(folder)!r} has format version {record.get('format_version')!r}; this release reads "
-            f"{FORMAT_VERSION}."
-        )
+        raise ValueError(f"{artefacts.place(folder)} holds an adapter of kind {found!r}; needed: {kind!r}.")
     return record, folder
 
 
@@ -159,17 +150,24 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
     """Load an adapter from a folder or a Hub repository.
 
     Raises:
-        FileNotFoundError: if one of its files is missing.
+        OSError: if one of its files is missing, or the repository can't be read.
         ValueError: for an adapter of another kind, or a format that this release doesn't know.
     """
     record, folder = read_record(name_or_path, kind)
-    files = record.get("files", [ADAPTER_NAME])
-    for name in files:
-        if not Path(name_or_path).is_dir():
-            hf_hub_download(str(name_or_path), name)
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"The adapter folder {str(folder)!r} holds no {name}.")
-    return Adapter(record, load_file(folder / ADAPTER_NAME) if ADAPTER_NAME in files else {}, folder)
+    files = artefacts.record_files(record, artefacts.place(folder))
+    artefacts.check_files(folder, files)
+    return Adapter(record, read_tensors(folder / ADAPTER_NAME) if ADAPTER_NAME in files else {}, folder)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file; raise `ValueError` for a file of another format, or a broken one."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path.name} in {artefacts.place(path.parent)} is no whole safetensors file ({error}); save or download "
+            "it again."
+        ) from error
 
 
 _loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], Any]] = WeakKeyDictionary()
@@ -184,7 +182,11 @@ def load_once(model: PreTrainedModel, kind: str, name_or_path: str, build: Calla
         where = f"{folder.resolve()} {[file.stat().st_mtime_ns for file in files]}"
     built = _loaded.setdefault(model, {})
     if (kind, where) not in built:
-        built[kind, where] = build(read_adapter(name_or_path, kind))
+        adapter = read_adapter(name_or_path, kind)
+        try:
+            built[kind, where] = build(adapter)
+        except KeyError as error:
+            raise ValueError(f"The adapter in {adapter.place} has a record without {error}.") from error
     return built[kind, where]
 
 
@@ -194,5 +196,6 @@ def remember(model: PreTrainedModel, kind: str, name: str, built: Any) -> None:
 
 
 def unload(model: PreTrainedModel) -> None:
-    """Forget the adapters that were loaded for `model`; the next call that needs one reads it again."""
+    """Forget the adapters that were loaded for `model`, and what Hub names meant; the next call looks again."""
     _loaded.pop(model, None)
+    artefacts.forget()

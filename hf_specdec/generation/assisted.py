@@ -3,7 +3,7 @@
 Idea      a small model of the same vocabulary writes ahead; one forward of the target judges all of it.
 Drafts    token by token with `assistant_model`, which has its own cache.
 Verifies  losslessly: by equality (greedy) or by speculative sampling with the true draft law.
-Trained   the assistant, by somebody.
+Trained   the assistant, by whoever made it, or a draft cut from the target (`hf-specdec train draft`).
 Paper     https://arxiv.org/abs/2211.17192
 New here  batches of ragged rows, `num_return_sequences`, criteria that cut at the exact token, and statistics; stock
           assisted decoding takes one row, and its processors run about ten times as often.

@@ -128,7 +128,7 @@ def load_draft(target: PreTrainedModel, name_or_path: str) -> PreTrainedModel:
         draft = cut_draft(target, adapter.record["layers"], None if vocabulary is None else vocabulary.long())
         own = own_parameters(draft, target)
         if set(own) != set(adapter.tensors):
-            raise ValueError(f"The draft in {str(adapter.folder)!r} does not hold the layers that its record names.")
+            raise ValueError(f"The draft in {adapter.place} does not hold the layers that its record names.")
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(adapter.tensors[name])

@@ -248,7 +248,7 @@ def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraf
     device = cast(torch.Tensor, model.get_output_embeddings().weight).device
 
     def build(adapter: Adapter) -> PipelineDraftModule:
-        record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {str(adapter.folder)!r}"
+        record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {adapter.place}"
         depths = _depths(model, record, adapter.folder)
         ids = tensors.pop("draft_token_ids", None)
         span, family = record.get("train_span"), record.get("family")

@@ -116,7 +116,7 @@ def load_head(target: PreTrainedModel, draft: PreTrainedModel, name_or_path: str
     """
 
     def build(adapter: Adapter) -> DiversedHead:
-        record, where = adapter.record, f"The head in {str(adapter.folder)!r}"
+        record, where = adapter.record, f"The head in {adapter.place}"
         allowed = {"head_type": "linear", "input_order": ["draft", "target"], "weight_semantics": "target"}
         allowed |= {"activation": "sigmoid", "hidden_source": "lm_head_input"}
         missing = {"draft_hidden_size", "target_hidden_size", "input_norm"} - set(record)

@@ -188,7 +188,7 @@ def load_exit_heads(model: PreTrainedModel, name_or_path: str) -> ExitHeads:
     """
 
     def build(adapter: Adapter) -> ExitHeads:
-        record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {str(adapter.folder)!r}"
+        record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {adapter.place}"
         missing = {"head", "layers", "rank", "model"} - set(record)
         if missing:
             raise ValueError(f"{where} has a record without {', '.join(sorted(missing))}.")

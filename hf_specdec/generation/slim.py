@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration import SpeculationConfig
 from . import admission
-from .adapters import Adapter, check_model, describe, load_once, write_record
+from .adapters import Adapter, check_model, describe, load_once, read_tensors, write_record
 from .draft_model import decoder_layers
 from .layerwise import Proxy, exchanged
 
@@ -249,7 +248,7 @@ def read_terms(folder: Path, model: PreTrainedModel) -> LowRankTerms:
             f"{str(folder)!r} must hold a plain LoRA, got peft_type={settings.get('peft_type')!r}"
             f"{' with ' + ', '.join(strange) if strange else ''}."
         )
-    tensors, scale = load_file(folder / "adapter_model.safetensors"), settings["lora_alpha"] / settings["r"]
+    tensors, scale = read_tensors(folder / "adapter_model.safetensors"), settings["lora_alpha"] / settings["r"]
     terms: LowRankTerms = {}
     known = {name for name, _ in model.named_modules()}
     for key in sorted(tensors):
@@ -331,7 +330,7 @@ def load_slim(model: PreTrainedModel, name_or_path: str) -> Slim:
             return Slim(granularity, keep, record["calibration"])
         if lora["mask_hash"] != mask_hash(keep, granularity):
             raise ValueError(
-                f"The adapter in {str(adapter.folder)!r} was trained for another mask (hash {lora['mask_hash']}) than "
+                f"The adapter in {adapter.place} was trained for another mask (hash {lora['mask_hash']}) than "
                 f"the one beside it ({mask_hash(keep, granularity)})."
             )
         terms = read_terms(adapter.folder / LORA_FOLDER, model)

@@ -1,9 +1,10 @@
 """Vegas: draft with sparse attention over the cached tokens that the last verification found important.
 
-Idea      verification attends to the whole cache anyway, so the importance of every cached token is a by-product of
-it. Drafts    the model itself; each full-attention layer reads a few per cent of the cache, chosen once per round.
+Idea      verification attends to the whole cache anyway, so the importance of every cached token is a by-product.
+Drafts    the model itself; each full-attention layer reads a few per cent of the cache, chosen once per round.
 Verifies  losslessly, with one full forward over the pending token and the drafts, which also rewrites their keys and
-values. Trained   nothing.
+          values.
+Trained   nothing.
 Paper     https://arxiv.org/abs/2602.07223
 New here  stock assisted decoding has no sparse drafts, no second use of one cache, and no batches.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +109,7 @@ def train_draft_command(
     loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
     with _distilling(steps) as report:
         train_draft(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
-    console.print(f"written to {out}")
+    _finish(out)
 
 
 @app.command("specbound")
@@ -148,7 +150,7 @@ def train_specbound_command(
     loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
     with _distilling(steps) as report:
         train_exit_heads(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
-    console.print(f"written to {out}")
+    _finish(out)
 
 
 @app.command("via_sd")
@@ -190,7 +192,7 @@ def train_slim_command(
     loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
     with _distilling(steps) as report:
         train_slim(loaded, texts, mask, out, settings, resume=resume, notes=notes, report=report)
-    console.print(f"written to {out}")
+    _finish(out)
 
 
 @app.command("spd")
@@ -243,7 +245,7 @@ def train_module_command(
     loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
     with _distilling(steps) as report:
         train_draft_module(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
-    console.print(f"written to {out}")
+    _finish(out)
 
 
 @app.command("convert-spd")
@@ -258,7 +260,7 @@ def convert_module_command(
     from .convert_spd import convert_reference
 
     convert_reference(checkpoint, load_model(model, dtype, device)[0], out)
-    console.print(f"written to {out}")
+    _finish(out)
 
 
 def _layers(text: str, option: str) -> tuple[int, ...] | None:
@@ -317,6 +319,14 @@ def train_diversed_command(
             )
 
         train_diversed(loaded, draft, tokenizer, tasks, function, out, settings, resume=resume, report=report)
+    _finish(out)
+
+
+def _finish(out: Path) -> None:
+    """Give the result a card, and say where it is."""
+    from ..card import write_card
+
+    write_card(out)
     console.print(f"written to {out}")
 
 
@@ -334,7 +344,8 @@ def model_and_texts(
     for path in exclude or []:
         texts = dropped(texts, tokenizer, [turn for turns in load_prompts(path) for turn in turns])
     console.print(f"{len(texts)} texts, {sum(len(t.ids) for t in texts)} tokens; {before - len(texts)} dropped")
-    return loaded, texts, {"excluded": [path.name for path in exclude or []]}
+    notes = {"command": shlex.join(["hf-specdec", *sys.argv[1:]]), "data": [path.name for path in data]}
+    return loaded, texts, {**notes, "excluded": [path.name for path in exclude or []]}
 
 
 @contextmanager

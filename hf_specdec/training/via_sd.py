@@ -160,9 +160,13 @@ class _SlimRun(Distillation):
         self.path.mkdir(parents=True, exist_ok=True)
         self.peft.peft_config[LORA_FOLDER].base_model_name_or_path = describe(self.target)["name"]  # no local path
         state = {name: value.detach().bfloat16().cpu() for name, value in self.own.items()}
+        card = self.path / "README.md"
+        kept = card.read_bytes() if card.is_file() else None
         self.peft.save_pretrained(self.path, state_dict=state, save_embedding_layers=False)
-        for stray in (self.path / "README.md", self.path / LORA_FOLDER / "README.md"):
+        for stray in (card, self.path / LORA_FOLDER / "README.md"):
             stray.unlink(missing_ok=True)  # PEFT's empty card
+        if kept is not None:
+            card.write_bytes(kept)
         held_out = {"objective": "training", **record.pop("held_out")}
         config = ViaSDConfig(num_assistant_tokens=self.settings.num_assistant_tokens)
         lora = {"trained_cache_mode": "own", "rank": self.settings.rank, **record}
