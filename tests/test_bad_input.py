@@ -86,7 +86,8 @@ def test_unknown_strategy_lists_the_known_ones(name, model):
 
 
 def test_a_repository_that_does_not_exist(model):
-    message = refused(model, IDS, assistant_strategy="nobody/no-such-repository", names=["nobody/no-such-repository"])
+    name = "nobody/no-such-repository"
+    message = refused(model, IDS, assistant_strategy=name, error=OSError, names=[name])
     assert all(name in message for name in STRATEGIES)
 
 
