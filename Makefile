@@ -31,7 +31,7 @@ demo: $(VENV)/.demo $(VENV)/.smollm2  ## answer a question about a long text, an
 	$(BIN)/hf-specdec demo $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/, and fail on anything broken
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

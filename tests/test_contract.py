@@ -31,8 +31,13 @@ LOSSLESS = [name for name in PRESETS if families.configured(name).lossless]
 every_preset = pytest.mark.parametrize("strategy", PRESETS)
 lossless_preset = pytest.mark.parametrize("strategy", LOSSLESS)
 # families that differ in what matters away from the attention itself: plain, hybrid windows, learned positions
-some_families = pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+SOME = ["llama", "gemma3", "gpt2"]
+some_families = pytest.mark.parametrize("name", SOME)
 every_family = pytest.mark.parametrize("name", NAMES)
+# a strategy's further presets change what it chooses, not what it does to a cache: those meet some families only
+every_strategy_and_family = pytest.mark.parametrize(
+    "strategy, name", [(preset, name) for preset in PRESETS for name in (SOME if ":" in preset else NAMES)]
+)
 
 
 class Streamer(BaseStreamer):
@@ -103,16 +108,123 @@ class PushPastText(LogitsProcessor):
         return scores
 
 
+PROCESSORS = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": [[4], [9, 11], [20, 3]],
+    "min_new_tokens": 15,
+    "suppress_tokens": [5, 6, 7, 8, 9],
+    "begin_suppress_tokens": [2, 5, 30, 48],
+    "forced_eos_token_id": 3,
+    "sequence_bias": [[[7], 4.0], [[8, 9], 6.0]],
+    "encoder_repetition_penalty": 1.5,
+    "exponential_decay_length_penalty": (4, 1.5),
+    "logits_processor": [PushPastText()],
+    "prefix_allowed_tokens_fn": lambda row, ids: [t for t in range(2, 60) if (t + row + len(ids)) % 3],
+}
+
+
 def in_turn(strategy, rows):
     """Whether these rows are decoded one after the other, so that nothing can look at all of them column by column."""
     return rows > 1 and not strategy_class(strategy.partition(":")[0]).batched
 
 
+# calls that are made under stock and under every preset
+
+
+def with_cache(model):
+    """Return a call whose cache comes back."""
+    return {**model.batch, "max_new_tokens": 20, "eos_token_id": model.eos, "return_dict_in_generate": True}
+
+
+def second_turn(model, text):
+    """Return what goes with `text` and a returned cache."""
+    mask = grown(model.mask, text.shape[1])
+    return {"attention_mask": mask, "max_new_tokens": 20, "return_dict_in_generate": True}
+
+
+def scored(model):
+    """Return a call with scores, which a processor changes, and logits."""
+    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    return {**model.batch, **wanted, "max_new_tokens": 24, "eos_token_id": model.eos, "repetition_penalty": 1.3}
+
+
+def stopped(rows, with_eos, stop):
+    """Return a call under a criterion; where there is an EOS, stock pads the rows that finished."""
+    model = family("llama")
+    extra = {"eos_token_id": model.eos} if with_eos else {}
+    wanted = {"return_dict_in_generate": True, "stopping_criteria": StoppingCriteriaList([stop])}
+    return {**model.inputs(rows), **extra, **wanted, "max_new_tokens": 24}
+
+
+def stopped_by_strings(rows, strings):
+    """Return a call under stop strings."""
+    call = {"max_new_tokens": 24, "stop_strings": strings, "tokenizer": tokenizer()}
+    return {**family("llama").inputs(rows), **call}
+
+
+def processed(rows, processor):
+    """Return a call under one of `PROCESSORS`."""
+    model, call = family("llama"), {processor: PROCESSORS[processor], "max_new_tokens": 24}
+    return {**model.inputs(rows), **call, "eos_token_id": model.eos}
+
+
+# what stock gives, once for all presets
+
+
 @functools.cache
-def stock_tokens(name, rows, new, **kwargs):
-    """Return stock's greedy output; the same call is compared with every preset."""
+def stock_tokens(name, rows, new, *eos):
+    """Return stock's greedy output, up to one of `eos`, or to the family's own."""
     model = family(name)
-    return model.stock(**model.inputs(rows), max_new_tokens=new, eos_token_id=model.eos, **kwargs)
+    return model.stock(**model.inputs(rows), max_new_tokens=new, eos_token_id=list(eos) or model.eos)
+
+
+@functools.cache
+def stock_text(name, rows, new=24):
+    """Return the new tokens of stock's greedy output, which nothing ends."""
+    model = family(name)
+    return model.stock(**model.inputs(rows), max_new_tokens=new)[:, model.ids.shape[1] :]
+
+
+@functools.cache
+def stock_stopped(rows, with_eos, token):
+    """Return stock's output under `Stop(token, 2)` and the widths that the criterion was shown."""
+    stop = Stop(token, 2)
+    return family("llama").stock(**stopped(rows, with_eos, stop)).sequences, stop.widths
+
+
+@functools.cache
+def stock_strings(rows, *strings):
+    """Return stock's output under stop strings."""
+    return family("llama").stock(**stopped_by_strings(rows, list(strings)))
+
+
+@functools.cache
+def stock_processed(rows, processor):
+    """Return stock's output under one of `PROCESSORS`."""
+    return family("llama").stock(**processed(rows, processor))
+
+
+@functools.cache
+def stock_scores(name):
+    """Return stock's output with scores and logits."""
+    return family(name).stock(**scored(family(name)))
+
+
+@functools.cache
+def stock_caches(name):
+    """Return stock's output with its cache, which nothing may write to."""
+    model = family(name)
+    return model.stock(**with_cache(model))
+
+
+@functools.cache
+def stock_turns(name):
+    """Return the text of a second turn over stock's own cache, and stock's answer; nothing may write to its cache."""
+    model = family(name)
+    first = model.stock(**model.batch, max_new_tokens=11, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, families.prompts((5, 5, 5, 5), seed=7)[0]], dim=1)
+    return text, model.stock(text, past_key_values=first.past_key_values, **second_turn(model, text))
 
 
 def new_tokens(sequences, width, eos):
@@ -123,6 +235,7 @@ def new_tokens(sequences, width, eos):
     return rows
 
 
+@torch.no_grad()
 def fresh_keys(model, tokens):
     """Return keys and values of each layer from one stock forward over a single row."""
     cache = DynamicCache()
@@ -179,15 +292,13 @@ def test_the_families_try_something(name):
 @every_preset
 @some_families
 def test_eos_inside_a_draft_and_eos_lists(strategy, name):
-    model = family(name)
-    width = model.ids.shape[1]
-    text = model.stock(**model.batch, max_new_tokens=24)[:, width:]
-    # every token of the text as EOS in turn meets every place of a draft
-    for token in text[1].unique().tolist()[:8]:
-        for eos in (token, [token, int(text[0, 9])]):
-            expected = model.stock(**model.batch, max_new_tokens=24, eos_token_id=eos)
-            out = model.ours(strategy, **model.batch, max_new_tokens=24, eos_token_id=eos, tokens=5)
-            assert torch.equal(out, expected), eos
+    model, text = family(name), stock_text(name, 4)
+    # tokens of the text as EOS in turn meet every place of a draft, and every other one stands in a list
+    for index, token in enumerate(text[1].unique().tolist()[:8]):
+        ends = [token, int(text[0, 9])] if index % 2 else [token]
+        eos = ends if index % 2 else token
+        out = model.ours(strategy, **model.batch, max_new_tokens=24, eos_token_id=eos, tokens=5)
+        assert torch.equal(out, stock_tokens(name, 4, 24, *ends)), eos
 
 
 @every_preset
@@ -216,9 +327,7 @@ def test_positional_arguments(strategy, llama):
 @some_families
 def test_scores_and_logits_equal_stock(strategy, name):
     model = family(name)
-    wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    kwargs = {**model.batch, **wanted, "max_new_tokens": 24, "eos_token_id": model.eos, "repetition_penalty": 1.3}
-    expected, out = model.stock(**kwargs), model.ours(strategy, **kwargs)
+    expected, out = stock_scores(name), model.ours(strategy, **scored(model))
     assert torch.equal(out.sequences, expected.sequences)
     for field in ("scores", "logits"):
         ours, theirs = getattr(out, field), getattr(expected, field)
@@ -238,31 +347,25 @@ def test_return_dict_on_and_off(strategy, llama):
     assert out.speculation is not None
 
 
-@every_preset
-@every_family
+@every_strategy_and_family
 def test_returned_cache_equals_stock(strategy, name):
     model = family(name)
-    kwargs = {**model.batch, "max_new_tokens": 20, "eos_token_id": model.eos, "return_dict_in_generate": True}
-    expected, out = model.stock(**kwargs), model.ours(strategy, **kwargs)
+    expected, out = stock_caches(name), model.ours(strategy, **with_cache(model))
     assert torch.equal(out.sequences, expected.sequences)
     mask = grown(model.mask, out.sequences.shape[1])
     same_cache(out.past_key_values, expected.past_key_values, mask, 10 * model.tolerance)
 
 
-@every_preset
-@every_family
+@every_strategy_and_family
 def test_second_turn_with_the_returned_cache(strategy, name):
     model = family(name)
-    first = {**model.batch, "max_new_tokens": 11, "return_dict_in_generate": True}
-    expected, out = model.stock(**first), model.ours(strategy, **first)
-    said = families.prompts((5, 5, 5, 5), seed=7)[0]
-    text = torch.cat([expected.sequences, said], dim=1)
-    turn = {"attention_mask": grown(model.mask, text.shape[1]), "max_new_tokens": 20}
-    theirs = model.stock(text, past_key_values=expected.past_key_values, return_dict_in_generate=True, **turn)
-    ours = model.ours(strategy, text, past_key_values=out.past_key_values, return_dict_in_generate=True, **turn)
+    text, theirs = stock_turns(name)
+    out = model.ours(strategy, **model.batch, max_new_tokens=11, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, text[:, : out.sequences.shape[1]])
+    ours = model.ours(strategy, text, past_key_values=out.past_key_values, **second_turn(model, text))
     assert torch.equal(ours.sequences, theirs.sequences)
     assert ours.past_key_values is out.past_key_values
-    mask = grown(turn["attention_mask"], ours.sequences.shape[1])
+    mask = grown(model.mask, ours.sequences.shape[1])
     same_cache(ours.past_key_values, theirs.past_key_values, mask, 100 * model.tolerance)
 
 
@@ -341,8 +444,8 @@ def test_sampling_follows_the_seed(strategy, llama):
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_prefill_chunk_size(strategy, name, chunk):
     model = family(name)
-    expected = stock_tokens(name, 4, 20)
-    kwargs = {"max_new_tokens": 20, "eos_token_id": model.eos, "prefill_chunk_size": chunk}
+    expected = stock_tokens(name, 4, 8)
+    kwargs = {"max_new_tokens": 8, "eos_token_id": model.eos, "prefill_chunk_size": chunk}
     assert torch.equal(model.ours(strategy, **model.batch, **kwargs), expected)
 
 
@@ -380,37 +483,35 @@ def test_streamer_of_a_batch_gets_columns(strategy, llama):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("with_eos", [False, True])
 def test_custom_criterion_cuts_at_the_exact_token(strategy, rows, with_eos, llama):
-    text = llama.stock(**llama.inputs(rows), max_new_tokens=24)[:, llama.ids.shape[1] :]
-    # EOS somewhere, or a token outside the vocabulary, so that stock pads finished rows; or no EOS at all
-    extra = {"eos_token_id": llama.eos} if with_eos else {}
-    for token in text[-1].unique().tolist()[:8]:
-        kwargs = {**llama.inputs(rows), **extra, "max_new_tokens": 24, "return_dict_in_generate": True}
-        theirs, ours = Stop(token, 2), Stop(token, 2)
+    for token in stock_text("llama", rows)[-1].unique().tolist()[:5]:
+        stop = Stop(token, 2)
+        kwargs = stopped(rows, with_eos, stop)
         if in_turn(strategy, rows):
             with pytest.raises(ValueError, match="Stop.*one row per call"):
-                llama.ours(strategy, **kwargs, stopping_criteria=StoppingCriteriaList([ours]))
+                llama.ours(strategy, **kwargs)
             return
-        expected = llama.stock(**kwargs, stopping_criteria=StoppingCriteriaList([theirs]))
-        out = llama.ours(strategy, **kwargs, stopping_criteria=StoppingCriteriaList([ours]), tokens=5)
-        assert torch.equal(out.sequences, expected.sequences), token
-        assert ours.widths == theirs.widths, token
+        expected, widths = stock_stopped(rows, with_eos, token)
+        out = llama.ours(strategy, **kwargs, tokens=5)
+        assert torch.equal(out.sequences, expected), token
+        assert stop.widths == widths, token
         check_statistics(out, llama, rows, exact_rows=rows == 1)
 
 
 @every_preset
 @pytest.mark.parametrize("rows", [1, 4])
 def test_stop_strings(strategy, rows, llama):
-    text = llama.stock(**llama.inputs(rows), max_new_tokens=24)[:, llama.ids.shape[1] :]
-    for place in (0, 3, 4, 10):
+    text = stock_text("llama", rows)
+    for index, place in enumerate((0, 1, 3, 4, 7, 10)):
         one = letter(int(text[-1, place]))
         two = "".join(letter(int(token)) for token in text[0, place : place + 2])
-        for strings in ([one, two], one, two):
-            kwargs = {**llama.inputs(rows), "max_new_tokens": 24, "stop_strings": strings, "tokenizer": tokenizer()}
-            if in_turn(strategy, rows):
-                with pytest.raises(ValueError, match="StopString.*one row per call"):
-                    llama.ours(strategy, **kwargs)
-                return
-            assert torch.equal(llama.ours(strategy, **kwargs, tokens=5), llama.stock(**kwargs)), strings
+        strings = ([one, two], one, two)[index % 3]
+        kwargs = stopped_by_strings(rows, strings)
+        if in_turn(strategy, rows):
+            with pytest.raises(ValueError, match="StopString.*one row per call"):
+                llama.ours(strategy, **kwargs)
+            return
+        expected = stock_strings(rows, *(strings if isinstance(strings, list) else [strings]))
+        assert torch.equal(llama.ours(strategy, **kwargs, tokens=5), expected), strings
 
 
 @every_preset
@@ -443,27 +544,9 @@ def test_criterion_sees_scores_where_they_are_collected(strategy, llama):
 
 @every_preset
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(
-    "processors",
-    [
-        {"repetition_penalty": 1.5},
-        {"no_repeat_ngram_size": 2},
-        {"bad_words_ids": [[4], [9, 11], [20, 3]]},
-        {"min_new_tokens": 15},
-        {"suppress_tokens": [5, 6, 7, 8, 9]},
-        {"begin_suppress_tokens": [2, 5, 30, 48]},
-        {"forced_eos_token_id": 3},
-        {"sequence_bias": [[[7], 4.0], [[8, 9], 6.0]]},
-        {"encoder_repetition_penalty": 1.5},
-        {"exponential_decay_length_penalty": (4, 1.5)},
-        {"logits_processor": [PushPastText()]},
-        {"prefix_allowed_tokens_fn": lambda row, ids: [t for t in range(2, 60) if (t + row + len(ids)) % 3]},
-    ],
-    ids=lambda value: next(iter(value)),
-)
-def test_processors_under_greedy_equal_stock(strategy, rows, processors, llama):
-    kwargs = {**llama.inputs(rows), **processors, "max_new_tokens": 24, "eos_token_id": llama.eos}
-    assert torch.equal(llama.ours(strategy, **kwargs), llama.stock(**kwargs))
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_processors_under_greedy_equal_stock(strategy, rows, processor, llama):
+    assert torch.equal(llama.ours(strategy, **processed(rows, processor)), stock_processed(rows, processor))
 
 
 # statistics
@@ -612,27 +695,27 @@ def test_the_model_is_as_before_after_an_exception(strategy, what, at, llama, mo
 @every_family
 def test_cache_after_every_round_equals_a_fresh_forward(strategy, name, monkeypatch):
     model, cls = family(name), strategy_class(strategy.partition(":")[0])
-    original, seen = cls.commit, []
+    original, seen, texts = cls.commit, [], {}
 
     def commit(self, state, kept):
         original(self, state, kept)
         for slot, row in enumerate(state.active):
-            count = state.committed[slot]
-            fresh = fresh_keys(reference, state.text[row, :count])
+            texts[row] = state.text[row, : state.committed[slot]].clone()
             for index, layer in enumerate(state.target.cache.layers):
                 clean = self.clean_length(state, index, slot)
-                assert 0 < clean <= count
-                for ours, theirs in zip((layer.keys, layer.values), fresh[index], strict=True):
-                    torch.testing.assert_close(
-                        ours[slot, :, :clean], theirs[:, :clean], rtol=0, atol=10 * model.tolerance
-                    )
-            seen.append(count)
+                assert 0 < clean <= len(texts[row])
+                held = (layer.keys[slot, :, :clean].clone(), layer.values[slot, :, :clean].clone())
+                seen.append((row, index, *held))
 
-    reference = copy.deepcopy(model.model)
     monkeypatch.setattr(cls, "commit", commit)
     out = model.ours(strategy, **model.batch, max_new_tokens=16, eos_token_id=model.eos)
-    assert torch.equal(out, model.stock(**model.batch, max_new_tokens=16, eos_token_id=model.eos))
-    assert seen
+    assert torch.equal(out, stock_tokens(name, 4, 16))
+    # nothing looks ahead, so what one forward over a row's whole text gives is also right for each shorter one
+    fresh = {row: fresh_keys(model.model, text) for row, text in texts.items()}
+    assert len(fresh) == 4
+    for row, index, *held in seen:
+        for ours, theirs in zip(held, fresh[row][index], strict=True):
+            torch.testing.assert_close(ours, theirs[:, : ours.shape[1]], rtol=0, atol=10 * model.tolerance)
 
 
 # several at once, copies, adapters, pipelines
@@ -665,11 +748,11 @@ def in_threads(*calls):
 def test_two_threads_with_two_models(strategy, llama):
     other = family("gemma3")
     results = in_threads(
-        lambda: llama.ours(strategy, **llama.batch, max_new_tokens=20),
-        lambda: other.ours(strategy, **other.batch, max_new_tokens=20),
+        lambda: llama.ours(strategy, **llama.batch, max_new_tokens=12),
+        lambda: other.ours(strategy, **other.batch, max_new_tokens=12),
     )
     for model, out in zip((llama, other), results, strict=True):
-        assert torch.equal(out, model.stock(**model.batch, max_new_tokens=20))
+        assert torch.equal(out, model.stock(**model.batch, max_new_tokens=12))
 
 
 @every_preset
@@ -684,15 +767,15 @@ def test_two_threads_with_models_that_share_a_config(strategy, attention, llama)
     assistant = copy.deepcopy(llama.assistant)  # no model, assistants included, runs in two threads at once
     # float64 and left padding make eager attention NaN in stock, so the prompts are even
     ids = families.prompts((9, 9))[0]
-    kwargs = {"max_new_tokens": 20, "do_sample": False}
+    kwargs = {"max_new_tokens": 12, "do_sample": False}
     expected = [m.generate(ids, **kwargs) for m in (model, other)]
     before = model.config._attn_implementation
     for second in (
         lambda: other.generate(ids, **kwargs),
-        lambda: generate(other, strategy, ids, assistant=assistant, max_new_tokens=20),
+        lambda: generate(other, strategy, ids, assistant=assistant, max_new_tokens=12),
     ):
         results = in_threads(
-            lambda: generate(model, strategy, ids, assistant=llama.assistant, max_new_tokens=20), second
+            lambda: generate(model, strategy, ids, assistant=llama.assistant, max_new_tokens=12), second
         )
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     assert model.config._attn_implementation == before

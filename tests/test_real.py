@@ -51,6 +51,22 @@ def ragged(real):
     return ids, mask
 
 
+def greedily(model, inputs, **strategy):
+    """Return 20 tokens after each prompt, greedily."""
+    return model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=2, **strategy)
+
+
+@pytest.fixture(scope="module")
+def stock(real, ragged):
+    """By the number of prompts: those, and the text that stock gives after them."""
+    found = {}
+    for batch in (1, 3):
+        ids, mask = (part[:batch] for part in ragged)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        found[batch] = inputs, greedily(real[0], inputs)
+    return found
+
+
 @pytest.fixture(scope="module")
 def assistant(real):
     """The target without its upper half: a poor draft of the same vocabulary, which must not change the text."""
@@ -62,22 +78,15 @@ def assistant(real):
 
 @pytest.mark.parametrize("name", [*STRATEGIES, "assisted"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_greedy_text_is_the_models_own(real, ragged, assistant, name, batch):
-    model, tokenizer = real
-    ids, mask = (part[:batch] for part in ragged)
-    options = {
-        "attention_mask": mask,
-        "max_new_tokens": 20,
-        "do_sample": False,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+def test_greedy_text_is_the_models_own(real, stock, assistant, name, batch):
+    model, (inputs, text) = real[0], stock[batch]
     strategy = {"assistant_strategy": STRATEGIES.get(name, name)}
     if name == "assisted":
         strategy["assistant_model"] = assistant
-    stock = model.generate(ids, **options)
-    ours = model.generate(ids, **options, **strategy)
-    unexplained = [found for found in divergences(model, stock, ours, mask) if not found.near_tie]
-    assert ours.shape == stock.shape and not unexplained, unexplained
+    ours = greedily(model, inputs, **strategy)
+    assert ours.shape == text.shape
+    unexplained = [found for found in divergences(model, text, ours, inputs["attention_mask"]) if not found.near_tie]
+    assert not unexplained, unexplained
 
 
 def test_bfloat16_differs_at_near_ties_only(real, ragged):

@@ -116,8 +116,9 @@ def p_value(numbers, probabilities):
 
 
 @pytest.mark.parametrize("strategy", TOGETHER)
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("vocab, length", [(8, 3), (5, 4)])
+@pytest.mark.parametrize(
+    "setting, vocab, length", [*((setting, 8, 3) for setting in SETTINGS), ("repetition_penalty", 5, 4)]
+)
 def test_sampled_sequences_follow_the_law(strategy, setting, vocab, length):
     numbers, accepted, drafted = sample(strategy, vocab, length, setting, seed=11)
     assert p_value(numbers, law(vocab, length, setting)) > FALSE_ALARM
@@ -128,8 +129,8 @@ def test_sampled_sequences_follow_the_law(strategy, setting, vocab, length):
 @pytest.mark.parametrize("strategy", [name for name in LOSSLESS if name not in TOGETHER])
 def test_sampled_sequences_of_rows_in_turn_follow_the_law(strategy):
     """One setting, fewer samples: each is decoded by itself. The methods' own files go through every random path."""
-    numbers, accepted, drafted = sample(strategy, 5, 4, "repetition_penalty", seed=11, samples=1500)
-    assert p_value(numbers, law(5, 4, "repetition_penalty")) > FALSE_ALARM
+    numbers, accepted, drafted = sample(strategy, 5, 3, "repetition_penalty", seed=11, samples=1000)
+    assert p_value(numbers, law(5, 3, "repetition_penalty")) > FALSE_ALARM
     assert 0 < accepted < drafted
 
 

@@ -317,14 +317,20 @@ def test_greedy_ids_and_cache_equal_stock(name, kind, adapter):
         assert torch.equal(out.sequences, stock_text(name, 4, new)), f"max_new_tokens={new}, batch"
 
 
+@functools.cache
+def token_by_token(model, text):
+    """Return stock's cache after the tokens of `text`, fed one at a time."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for token in text:
+            model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    return cache
+
+
 def same_as_token_by_token(case, out):
     """Compare each layer's keys and values with those of stock, fed one token at a time."""
-    cache = DynamicCache(config=case.model.config)
-    text = out.sequences[:, :-1]
-    with torch.no_grad():
-        for column in range(text.shape[1]):
-            case.model(text[:, column : column + 1], past_key_values=cache, use_cache=True)
-    assert out.past_key_values.get_seq_length() == text.shape[1]
+    cache = token_by_token(case.model, tuple(out.sequences[0, :-1].tolist()))
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
     for ours_, theirs in zip(out.past_key_values.layers, cache.layers, strict=True):
         for name in ("keys", "values"):
             torch.testing.assert_close(getattr(ours_, name), getattr(theirs, name), rtol=0, atol=10 * case.tolerance)
