@@ -34,7 +34,7 @@ lossless_preset = pytest.mark.parametrize("strategy", LOSSLESS)
 SOME = ["llama", "gemma3", "gpt2"]
 some_families = pytest.mark.parametrize("name", SOME)
 every_family = pytest.mark.parametrize("name", NAMES)
-# a strategy's further presets change what it chooses, not what it does to a cache: those meet some families only
+# what comes back is cut from the cache that is checked after every round in all families; so further presets meet some
 every_strategy_and_family = pytest.mark.parametrize(
     "strategy, name", [(preset, name) for preset in PRESETS for name in (SOME if ":" in preset else NAMES)]
 )
