@@ -40,6 +40,7 @@ quality: $(VENV)/.dev  ## lint, formatting and types, changing nothing
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 style: $(VENV)/.dev  ## repair what ruff can repair, and format
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -21,7 +21,7 @@ from typing import Any
 import tables
 
 from hf_specdec.configuration import SpeculationConfig
-from hf_specdec.generation.registry import STRATEGIES, preset, strategy_class
+from hf_specdec.registry import STRATEGIES, preset, strategy_class
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_specdec
 from hf_specdec import SpeculationStats
-from hf_specdec.bench.texts import chat_ids, load_prompts
+from hf_specdec.texts import chat_ids, load_prompts
 
 
 def read_part(part: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -18,7 +18,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_specdec  # noqa: F401  adds assistant_strategy= to generate()
-from hf_specdec.console import load_assistant
+from hf_specdec.generation.models.draft_model import load_assistant
 
 
 PROMPT = (

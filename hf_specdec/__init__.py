@@ -10,96 +10,73 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from . import registry
+from ._version import __version__ as __version__
 
-__version__ = "0.1.0.dev0"
 
-if TYPE_CHECKING:
-    from .configuration import SpeculationConfig
-    from .generation.adapters import unload
-    from .generation.assisted import AssistedConfig
-    from .generation.diversed import DiversedConfig
-    from .generation.draft_model import load_draft
-    from .generation.ensemble_head import DiversedHead
-    from .generation.loop import DecodingLoop
-    from .generation.plain import PlainConfig
-    from .generation.prompt_lookup import PromptLookupConfig
-    from .generation.ranks import PipelineRankError
-    from .generation.registry import register_strategy
-    from .generation.slim_drafter import ViaSDQualityError
-    from .generation.spd import SPDConfig
-    from .generation.specbound import SpecBoundConfig
-    from .generation.stage_loading import load_stage
-    from .generation.stats import SpeculationOutput, SpeculationStats, on_speculation
-    from .generation.vegas import VegasConfig
-    from .generation.via_sd import ViaSDConfig
-    from .hub import save_strategy
-    from .integration import decoding_loop, install, uninstall
+if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports what is asked for
+    from .configuration import SpeculationConfig as SpeculationConfig
+    from .generation.loop import DecodingLoop as DecodingLoop
+    from .generation.methods.assisted import AssistedConfig as AssistedConfig
+    from .generation.methods.diversed.head import DiversedHead as DiversedHead
+    from .generation.methods.diversed.method import DiversedConfig as DiversedConfig
+    from .generation.methods.plain import PlainConfig as PlainConfig
+    from .generation.methods.prompt_lookup import PromptLookupConfig as PromptLookupConfig
+    from .generation.methods.spd.method import SPDConfig as SPDConfig
+    from .generation.methods.spd.ranks import PipelineRankError as PipelineRankError
+    from .generation.methods.spd.stage_loading import load_stage as load_stage
+    from .generation.methods.specbound.method import SpecBoundConfig as SpecBoundConfig
+    from .generation.methods.vegas import VegasConfig as VegasConfig
+    from .generation.methods.via_sd.config import ViaSDConfig as ViaSDConfig
+    from .generation.methods.via_sd.slim_drafter import ViaSDQualityError as ViaSDQualityError
+    from .generation.models.adapters import unload as unload
+    from .generation.models.draft_model import load_draft as load_draft
+    from .generation.stats import SpeculationOutput as SpeculationOutput
+    from .generation.stats import SpeculationStats as SpeculationStats
+    from .generation.stats import on_speculation as on_speculation
+    from .integration import decoding_loop as decoding_loop
+    from .integration import install as install
+    from .integration import uninstall as uninstall
+    from .registry import register_strategy as register_strategy
+    from .resolve import save_strategy as save_strategy
 
 _EXPORTS = {
-    "AssistedConfig": "generation.assisted",
     "DecodingLoop": "generation.loop",
-    "DiversedConfig": "generation.diversed",
-    "DiversedHead": "generation.ensemble_head",
-    "PipelineRankError": "generation.ranks",
-    "PlainConfig": "generation.plain",
-    "PromptLookupConfig": "generation.prompt_lookup",
-    "SPDConfig": "generation.spd",
-    "SpecBoundConfig": "generation.specbound",
+    "DiversedHead": "generation.methods.diversed.head",
+    "PipelineRankError": "generation.methods.spd.ranks",
     "SpeculationConfig": "configuration",
     "SpeculationOutput": "generation.stats",
     "SpeculationStats": "generation.stats",
-    "VegasConfig": "generation.vegas",
-    "ViaSDConfig": "generation.via_sd",
-    "ViaSDQualityError": "generation.slim_drafter",
+    "ViaSDQualityError": "generation.methods.via_sd.slim_drafter",
     "decoding_loop": "integration",
     "install": "integration",
-    "load_draft": "generation.draft_model",
-    "load_stage": "generation.stage_loading",
+    "load_draft": "generation.models.draft_model",
+    "load_stage": "generation.methods.spd.stage_loading",
     "on_speculation": "generation.stats",
-    "register_strategy": "generation.registry",
-    "save_strategy": "hub",
+    "register_strategy": "registry",
+    "save_strategy": "resolve",
     "uninstall": "integration",
-    "unload": "generation.adapters",
+    "unload": "generation.models.adapters",
 }
+"""Name to module. The configs of the strategies come from the registry."""
 
-__all__ = [
-    "AssistedConfig",
-    "DecodingLoop",
-    "DiversedConfig",
-    "DiversedHead",
-    "PipelineRankError",
-    "PlainConfig",
-    "PromptLookupConfig",
-    "SPDConfig",
-    "SpecBoundConfig",
-    "SpeculationConfig",
-    "SpeculationOutput",
-    "SpeculationStats",
-    "VegasConfig",
-    "ViaSDConfig",
-    "ViaSDQualityError",
-    "decoding_loop",
-    "install",
-    "load_draft",
-    "load_stage",
-    "on_speculation",
-    "register_strategy",
-    "save_strategy",
-    "uninstall",
-    "unload",
-]
+__all__ = sorted([*_EXPORTS, *registry.exported_configs()])  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    configs = registry.exported_configs()
+    if name in configs:
+        value = registry.config_class(configs[name])
+    elif name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS])
+    return sorted({*globals(), *__all__})
 
 
 if os.environ.get("HF_SPECDEC_NO_INSTALL", "0") != "1":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jinja2
 import yaml  # type: ignore[import-untyped]
@@ -20,8 +20,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 from . import artefacts
-from .configuration import SpeculationConfig
-from .generation.registry import strategy_class
+from .registry import strategy_class
 
 
 BEGIN, END = "<!-- hf_specdec:begin -->", "<!-- hf_specdec:end -->"
@@ -35,7 +34,7 @@ _KINDS = {
     "exit_heads": "Trained exit heads: what the base model will say, guessed after a part of its layers.",
     "slim": "A mask of layers that the base model can do without when it pre-judges drafts, and where one was trained "
     "a LoRA for the layers that stay.",
-    "diversed_head": "A trained head that weighs the draft's law against the base model's at each position.",
+    "diversed_head": "A trained head that weighs the draft's distribution against the base model's at each position.",
     "draft_module": "A trained draft module for pipelined decoding.",
 }
 _MODELS = ("model", "target", "target_model")
@@ -75,11 +74,28 @@ class ResultTable:
     rows: Sequence[tuple[str, float, float, float | None, float | None]]
 
 
-def write_card(folder: str | Path, repo_id: str | None = None, results: Results | None = None) -> None:
+class Settings(Protocol):
+    """What a card and an upload read of a `SpeculationConfig`."""
+
+    strategy: ClassVar[str]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output's distribution is the model's own."""
+
+    @property
+    def brings_drafter(self) -> bool:
+        """Whether the settings name what drafts."""
+
+
+def write_card(
+    folder: str | Path, config: Settings, repo_id: str | None = None, results: Results | None = None
+) -> None:
     """Write the card of the settings in `folder`, or complete the one that is there.
 
     Args:
         folder (`str` or `Path`): with saved settings.
+        config (`SpeculationConfig`): these settings.
         repo_id (`str`, *optional*): where they will be found; the card names the folder otherwise.
         results (`Results`, *optional*): measurements to show.
 
@@ -88,7 +104,7 @@ def write_card(folder: str | Path, repo_id: str | None = None, results: Results 
     """
     path = Path(folder)
     file = path / _NAME
-    data, card = _render(path, repo_id, results)
+    data, card = _render(path, config, repo_id, results)
     if not file.exists():
         file.write_text(card, encoding="utf-8", newline="\n")
         return
@@ -130,9 +146,9 @@ def _completed(text: str, data: ModelCardData, where: str) -> str:
     return f"{text[:end]}{newline}{added}{text[end:]}"
 
 
-def _render(folder: Path, repo_id: str | None, results: Results | None) -> tuple[ModelCardData, str]:
+def _render(folder: Path, config: Settings, repo_id: str | None, results: Results | None) -> tuple[ModelCardData, str]:
     """Return front matter and text of a new card."""
-    values, config = artefacts.read_values(folder), SpeculationConfig._loaded(folder)
+    values = artefacts.read_values(folder)
     record = values["adapter"] if isinstance(values.get("adapter"), dict) else {}
     cls = strategy_class(config.strategy)
     base = next((record[name].get("name") for name in _MODELS if isinstance(record.get(name), dict)), None)

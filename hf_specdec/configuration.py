@@ -10,9 +10,13 @@ from typing import Any, ClassVar, TypeVar
 
 from transformers.utils import logging
 
-from . import __version__, artefacts
+from . import artefacts
+from ._version import __version__
 from .artefacts import ADAPTER_NAME as ADAPTER_NAME
 from .artefacts import CONFIG_NAME as CONFIG_NAME
+from .card import write_card
+from .hub import push_config
+from .registry import config_class
 
 
 COMPILE_MODES = ("graphs", "inductor", "graphs+inductor")
@@ -67,7 +71,7 @@ class SpeculationConfig:
 
     @property
     def lossless(self) -> bool:
-        """Whether the output's law is the model's own under these settings."""
+        """Whether the output's distribution is the model's own under these settings."""
         return True
 
     @property
@@ -101,9 +105,6 @@ class SpeculationConfig:
         if not isinstance(name, str) or not isinstance(version, str):
             raise ValueError(f"`strategy` and `hf_specdec_version` must be strings, got {name!r} and {version!r}.")
         if cls is SpeculationConfig:
-            # the table of strategies is above this module; it is needed only once a file names one
-            from .generation.registry import config_class
-
             chosen = typing.cast("type[ConfigType]", config_class(name))
             return chosen.from_dict({**values, "strategy": name, "hf_specdec_version": version})
         if name != cls.strategy:
@@ -136,14 +137,11 @@ class SpeculationConfig:
         Raises:
             FileNotFoundError: if the adapter, or one of its files, is not there.
         """
-        # cards know the methods, which are above this module
-        from .card import write_card
-
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         artefacts.write_values(path, self._saved(path))
         if not (path / "README.md").exists():
-            write_card(path)
+            write_card(path, self)
 
     def _saved(self, folder: Path) -> dict[str, Any]:
         """Copy adapters into `folder`, and return what its config file is to hold."""
@@ -190,23 +188,13 @@ class SpeculationConfig:
         """
         hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         hub["local_files_only"] = local_files_only
-        return cls._loaded(artefacts.locate(name_or_path, subfolder, **hub))
-
-    @classmethod
-    def _loaded(cls: type[ConfigType], folder: Path) -> ConfigType:
-        """Return the settings in `folder`, with the folder as their `adapter` where one lies beside them."""
-        values = artefacts.read_values(folder)
-        artefacts.files_of(values, artefacts.place(folder))
-        try:
-            return cls.from_dict(_located(values, folder))
-        except (ValueError, TypeError) as error:
-            message = f"{CONFIG_NAME} in {artefacts.place(folder)}: {error}"
-            version = values.get("hf_specdec_version", __version__)
-            if isinstance(version, str) and _release(version) > _release(__version__):
-                message += (
-                    f" It was written by hf_specdec {version}, this is {__version__}: pip install -U hf-specdec."
-                )
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
+        config = load_config(artefacts.locate(name_or_path, subfolder, **hub))
+        if not isinstance(config, cls):
+            raise ValueError(
+                f"The settings in {str(name_or_path)!r} are for the strategy {config.strategy!r}, but {cls.__name__} "
+                f"is {cls.strategy!r}."
+            )
+        return config
 
     def push_to_hub(
         self,
@@ -230,12 +218,33 @@ class SpeculationConfig:
             OSError: if the Hub refuses the upload or can't be reached.
             ValueError: for settings that can't be uploaded, or another visibility than the repository has.
         """
-        # the upload looks into adapters, which are above this module
-        from .hub import push_config
-
         return push_config(
             self, repo_id, token=token, private=private, revision=revision, commit_message=commit_message
         )
+
+
+def load_config(folder: Path) -> SpeculationConfig:
+    """Return the settings saved in `folder`, of the class that they name; the only way from a folder to a config.
+
+    An adapter that lies beside the settings becomes the value of their field `adapter`.
+
+    Args:
+        folder (`Path`): as `artefacts.locate` returns it.
+
+    Raises:
+        FileNotFoundError: if the folder holds no settings.
+        ValueError: for a file that is not JSON, or settings that `SpeculationConfig.from_dict` refuses.
+    """
+    values = artefacts.read_values(folder)
+    artefacts.files_of(values, artefacts.place(folder))
+    try:
+        return SpeculationConfig.from_dict(_located(values, folder))
+    except (ValueError, TypeError) as error:
+        message = f"{CONFIG_NAME} in {artefacts.place(folder)}: {error}"
+        version = values.get("hf_specdec_version", __version__)
+        if isinstance(version, str) and _release(version) > _release(__version__):
+            message += f" It was written by hf_specdec {version}, this is {__version__}: pip install -U hf-specdec."
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
 
 
 def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:

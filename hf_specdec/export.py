@@ -15,12 +15,12 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from . import __version__
+from ._version import __version__
 from .artefacts import HUB_KEYWORDS
 from .configuration import CONFIG_NAME, SpeculationConfig
-from .generation.registry import STRATEGIES, strategy_class
-from .hub import resolve_strategy
 from .integration import generate_with
+from .registry import STRATEGIES, strategy_class
+from .resolve import resolve_strategy
 
 
 logger = logging.get_logger(__name__)

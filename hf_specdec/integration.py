@@ -82,7 +82,7 @@ def decoding_loop(
     """
     from .generation.admission import check_tokenizers
     from .generation.loop import DecodingLoop
-    from .hub import resolve_strategy
+    from .resolve import resolve_strategy
 
     _prepare_attention()
     check_tokenizers(tokenizer, assistant_tokenizer)

@@ -13,12 +13,12 @@ import transformers
 from transformers.utils import logging
 
 from . import _compat
-from .console import load_assistant
 from .generation.admission import layer_windows
 from .generation.loop import DecodingLoop
+from .generation.models.draft_model import load_assistant
 from .generation.stats import SpeculationStats, on_speculation
-from .hub import resolve_strategy
 from .integration import install
+from .resolve import resolve_strategy
 
 
 if TYPE_CHECKING:

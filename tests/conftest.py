@@ -17,7 +17,7 @@ if not torch.cuda.is_available():  # before triton is imported, which reads it t
 import families
 import pytest
 
-from hf_specdec.generation import spd
+from hf_specdec.generation.methods.spd import method as spd
 
 
 @pytest.fixture(scope="session", autouse=True)

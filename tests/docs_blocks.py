@@ -147,11 +147,11 @@ def make_adapters() -> None:
     from transformers import AutoModelForCausalLM
 
     from hf_specdec import AssistedConfig, DiversedConfig, DiversedHead, SPDConfig, SpecBoundConfig, ViaSDConfig
-    from hf_specdec.generation.depth_map import DepthMap
-    from hf_specdec.generation.draft_model import cut_draft, save_draft
-    from hf_specdec.generation.draft_module import PipelineDraftModule
-    from hf_specdec.generation.exit_heads import ExitHeads
-    from hf_specdec.generation.slim import Units, save_slim
+    from hf_specdec.generation.methods.spd.depth_map import DepthMap
+    from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule
+    from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads
+    from hf_specdec.generation.methods.via_sd.slim_model import Units, save_slim
+    from hf_specdec.generation.models.draft_model import cut_draft, save_draft
 
     model = AutoModelForCausalLM.from_pretrained(MODELS[0])
     examples = Path("examples/adapters")

@@ -10,8 +10,8 @@ import torch
 import hf_specdec
 from hf_specdec import AssistedConfig
 from hf_specdec.export import export_custom_generate
-from hf_specdec.generation.draft_model import cut_draft, save_draft
-from hf_specdec.hub import push_folder
+from hf_specdec.generation.models.draft_model import cut_draft, save_draft
+from hf_specdec.resolve import push_folder
 
 
 WRITE, READ = hub_server.WRITE, hub_server.READ

@@ -17,10 +17,10 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_specdec import SpeculationConfig
-from hf_specdec.generation import adapters
-from hf_specdec.generation.depth_map import DepthMap
-from hf_specdec.generation.draft_module import PipelineDraftModule, load_draft_module
-from hf_specdec.generation.registry import preset, strategy_class
+from hf_specdec.generation.methods.spd.depth_map import DepthMap
+from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule, load_draft_module
+from hf_specdec.generation.models import adapters
+from hf_specdec.registry import preset, strategy_class
 
 
 ORACLE = "oracle"
@@ -117,8 +117,8 @@ class Family:
 def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
     """Return a preset's config with settings that make it speculate on short texts.
 
-    A lossy preset gets the settings under which the law that it declares is the model's own: what does not depend on
-    the law is compared with stock here, the law itself is tested in the method's own file.
+    A lossy preset gets the settings under which the distribution that it declares is the model's own: what does not
+    depend on the distribution is compared with stock here, the distribution itself is tested in the method's own file.
     """
     config = preset(strategy)
     if config.strategy == "spd":
@@ -131,7 +131,8 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
     if config.strategy == "specbound":
         changes |= {"max_depth": 1, "tau": 0.1}
     if config.strategy == "via_sd":
-        # of two layers, the first one's MLP may be left out; flat random laws must not end every stage at once
+        # of two layers, the first one's MLP may be left out; flat random distributions must not end every stage at
+        # once
         changes |= {"granularity": "sublayer", "keep_mask": [True, False, True, True], "stage_stop_conf": 0.0}
         changes |= {"stage_len": 5, "regen_min_conf": 0.0, "tau_accept": 0.5, "tau_escalate": 0.2}
     if strategy == "via_sd:prefilter":

@@ -26,15 +26,15 @@ from hf_specdec import (
     ViaSDConfig,
 )
 from hf_specdec.card import BEGIN, END
-from hf_specdec.cli import app
+from hf_specdec.commands.main import app
 from hf_specdec.configuration import ADAPTER_NAME, CONFIG_NAME
-from hf_specdec.generation.depth_map import DepthMap
-from hf_specdec.generation.draft_model import cut_draft, save_draft
-from hf_specdec.generation.draft_module import PipelineDraftModule
-from hf_specdec.generation.ensemble_head import DiversedHead
-from hf_specdec.generation.exit_heads import ExitHeads
-from hf_specdec.generation.slim import Units, save_slim
-from hf_specdec.hub import push_folder
+from hf_specdec.generation.methods.diversed.head import DiversedHead
+from hf_specdec.generation.methods.spd.depth_map import DepthMap
+from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule
+from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads
+from hf_specdec.generation.methods.via_sd.slim_model import Units, save_slim
+from hf_specdec.generation.models.draft_model import cut_draft, save_draft
+from hf_specdec.resolve import push_folder
 
 
 WRITE, READ = hub_server.WRITE, hub_server.READ

@@ -5,7 +5,7 @@ import torch
 import torch.distributed  # noqa: F401
 
 import hf_specdec.generation.loop
-import hf_specdec.generation.spd  # noqa: F401
+import hf_specdec.generation.methods.spd.method  # noqa: F401
 
 
 torch.set_num_threads(1)

@@ -15,8 +15,8 @@ ALARM = 1e-3
 TOLERANCE = 2e-6  # the rules work in float32
 
 
-class Laws:
-    """Laws of the next token for every prefix of at most `k` tokens: `p` of the target and `q` of the drafter."""
+class Distributions:
+    """Distributions of the next token after every prefix of up to `k` tokens: the target's `p`, the drafter's `q`."""
 
     def __init__(self, vocab: int, k: int, kind: str, seed: int = 0) -> None:
         self.vocab, self.k, self.kind = vocab, k, kind
@@ -47,16 +47,16 @@ class Laws:
                 self.p[prefix], self.q[prefix] = p, q
 
 
-def drafts_of(laws: Laws, sub: bool) -> list[tuple[tuple[int, ...], float]]:
-    """Every draft that the laws can propose, and its probability; with `sub`, a draft may end early."""
+def drafts_of(distributions: Distributions, sub: bool) -> list[tuple[tuple[int, ...], float]]:
+    """Every draft that the distributions can propose, and its probability; with `sub`, a draft may end early."""
     found = []
-    for length in range(laws.k + 1) if sub else (laws.k,):
-        for draft in itertools.product(range(laws.vocab), repeat=length):
+    for length in range(distributions.k + 1) if sub else (distributions.k,):
+        for draft in itertools.product(range(distributions.vocab), repeat=length):
             chance = 1.0
             for place in range(length):
-                chance *= float(laws.q[draft[:place]][draft[place]])
-            if sub and length < laws.k:
-                chance *= 1 - float(laws.q[draft].double().sum())
+                chance *= float(distributions.q[draft[:place]][draft[place]])
+            if sub and length < distributions.k:
+                chance *= 1 - float(distributions.q[draft].double().sum())
             if chance > 0:
                 found.append((draft, chance))
     return found
@@ -65,7 +65,7 @@ def drafts_of(laws: Laws, sub: bool) -> list[tuple[tuple[int, ...], float]]:
 def outcomes(monkeypatch, drafts, counts, target, draft, weight=None):
     """Run `speculative_sample` for every number of accepted drafts.
 
-    Yields, for each row and number j of accepted drafts, (row, j, probability, law of the token that follows).
+    Yields, for each row and number j of accepted drafts, (row, j, probability, distribution of the next token).
     """
     k, seen = drafts.shape[1], {}
     rule = acceptance.acceptance_probability
@@ -74,9 +74,9 @@ def outcomes(monkeypatch, drafts, counts, target, draft, weight=None):
         seen["chance"] = rule(*args)
         return seen["chance"]
 
-    def multinomial(law, number):
-        seen["law"] = law
-        return torch.zeros(law.shape[0], number, dtype=torch.int64)
+    def multinomial(distribution, number):
+        seen["distribution"] = distribution
+        return torch.zeros(distribution.shape[0], number, dtype=torch.int64)
 
     for j in range(k + 1):
         coins = torch.full((drafts.shape[0], k), -1.0, dtype=torch.float64)
@@ -93,30 +93,32 @@ def outcomes(monkeypatch, drafts, counts, target, draft, weight=None):
             assert verdict.tokens[row, :j].tolist() == drafts[row, :j].tolist()
             chances = seen["chance"][row].double()
             weight_of = float(chances[:j].prod()) * (float(1 - chances[j]) if j < count else 1.0)
-            yield row, j, weight_of, seen["law"][row].double()
+            yield row, j, weight_of, seen["distribution"][row].double()
 
 
-def joint_law(monkeypatch, laws: Laws, counts=None, weight: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The law of the first k + 1 tokens (shorter rounds are completed by the declared law), and the declared law."""
-    vocab, k, sub = laws.vocab, laws.k, laws.kind.startswith("sub")
-    proposals = drafts_of(laws, sub)
+def joint_distribution(
+    monkeypatch, distributions: Distributions, counts=None, weight: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first k + 1 tokens' distribution (short rounds are completed by the declared one), and the declared one."""
+    vocab, k, sub = distributions.vocab, distributions.k, distributions.kind.startswith("sub")
+    proposals = drafts_of(distributions, sub)
     padded = torch.tensor([list(draft) + [0] * (k - len(draft)) for draft, _ in proposals]).view(-1, k)
     real = torch.tensor([len(draft) for draft, _ in proposals])
     if counts is not None:
         real = torch.minimum(real, torch.tensor(counts))
     prefixes = [[tuple(row[:length]) for length in range(k + 1)] for row in padded.tolist()]
-    target = torch.stack([torch.stack([laws.p[prefix] for prefix in row]) for row in prefixes])
+    target = torch.stack([torch.stack([distributions.p[prefix] for prefix in row]) for row in prefixes])
     width = k + 1 if sub else k
-    draft = torch.stack([torch.stack([laws.q[prefix] for prefix in row]) for row in prefixes])[:, :width]
+    draft = torch.stack([torch.stack([distributions.q[prefix] for prefix in row]) for row in prefixes])[:, :width]
     weights = None if weight is None else torch.full((len(proposals), k), weight)
-    drafter = None if laws.kind.startswith("point") else draft
+    drafter = None if distributions.kind.startswith("point") else draft
 
     def declared(prefix: tuple[int, ...]) -> torch.Tensor:
-        p = laws.p[prefix].double()
+        p = distributions.p[prefix].double()
         drafted = k if counts is None else counts
         if weight is None or len(prefix) >= drafted:
             return p / p.sum()
-        return weight * p + (1 - weight) * laws.q[prefix].double()
+        return weight * p + (1 - weight) * distributions.q[prefix].double()
 
     def complete(prefix: tuple[int, ...], mass: torch.Tensor | float) -> None:
         if len(prefix) == k + 1:
@@ -126,8 +128,8 @@ def joint_law(monkeypatch, laws: Laws, counts=None, weight: float | None = None)
             complete((*prefix, token), mass * chance)
 
     emitted = torch.zeros([vocab] * (k + 1), dtype=torch.float64)
-    for row, j, chance, law in outcomes(monkeypatch, padded, real, target, drafter, weights):
-        for token, mass in enumerate((law / law.sum()).tolist()):
+    for row, j, chance, distribution in outcomes(monkeypatch, padded, real, target, drafter, weights):
+        for token, mass in enumerate((distribution / distribution.sum()).tolist()):
             if mass and chance:
                 complete((*padded[row, :j].tolist(), token), proposals[row][1] * chance * mass)
     wanted = torch.zeros_like(emitted)
@@ -145,7 +147,7 @@ KINDS = ["dense", "equal", "point", "point_on_zero", "disjoint", "zeros", "sub",
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("vocab", "k"), [(2, 1), (5, 1), (4, 2), (3, 3)])
 def test_emitted_tokens_follow_the_target_exactly(monkeypatch, kind, vocab, k):
-    emitted, wanted = joint_law(monkeypatch, Laws(vocab, k, kind, seed=vocab + k))
+    emitted, wanted = joint_distribution(monkeypatch, Distributions(vocab, k, kind, seed=vocab + k))
     assert emitted.sum() == pytest.approx(1, abs=TOLERANCE)
     torch.testing.assert_close(emitted, wanted, atol=TOLERANCE, rtol=0)
 
@@ -153,17 +155,17 @@ def test_emitted_tokens_follow_the_target_exactly(monkeypatch, kind, vocab, k):
 @pytest.mark.parametrize("kind", ["dense", "point", "zeros", "disjoint"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_rows_with_fewer_real_drafts(monkeypatch, kind, count):
-    """A row whose count is below k judges only its real drafts; the token after them follows the target's law."""
-    emitted, wanted = joint_law(monkeypatch, Laws(3, 3, kind, seed=7), counts=count)
+    """A row whose count is below k judges its real drafts only; the token after them is the target's."""
+    emitted, wanted = joint_distribution(monkeypatch, Distributions(3, 3, kind, seed=7), counts=count)
     torch.testing.assert_close(emitted, wanted, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("kind", ["dense", "equal", "disjoint", "zeros"])
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_weight_mixes_the_two_laws(monkeypatch, weight, kind, k):
-    """The declared law of a weighted position is w p + (1 - w) q; the bonus token follows p."""
-    emitted, wanted = joint_law(monkeypatch, Laws(4, k, kind, seed=3), weight=weight)
+def test_a_weight_mixes_the_two_distributions(monkeypatch, weight, kind, k):
+    """The declared distribution of a weighted position is w p + (1 - w) q; the bonus token follows p."""
+    emitted, wanted = joint_distribution(monkeypatch, Distributions(4, k, kind, seed=3), weight=weight)
     torch.testing.assert_close(emitted, wanted, atol=TOLERANCE, rtol=0)
 
 
@@ -193,7 +195,7 @@ ORIGINAL = acceptance.acceptance_probability
 )
 def test_mutants_of_the_rule_are_caught(monkeypatch, mutant):
     monkeypatch.setattr(acceptance, "acceptance_probability", mutant)
-    emitted, wanted = joint_law(monkeypatch, Laws(4, 2, "dense"))
+    emitted, wanted = joint_distribution(monkeypatch, Distributions(4, 2, "dense"))
     assert (emitted - wanted).abs().max() > 1e-3
 
 
@@ -201,25 +203,27 @@ def test_mutants_of_the_rule_are_caught(monkeypatch, mutant):
     "mutant", [lambda p, q: p, lambda p, q: (p - q).abs() / (p - q).abs().sum(-1, keepdim=True), lambda p, q: q]
 )
 def test_mutants_of_the_residual_are_caught(monkeypatch, mutant):
-    monkeypatch.setattr(acceptance, "residual_law", mutant)
-    emitted, wanted = joint_law(monkeypatch, Laws(4, 2, "dense"))
+    monkeypatch.setattr(acceptance, "residual_distribution", mutant)
+    emitted, wanted = joint_distribution(monkeypatch, Distributions(4, 2, "dense"))
     assert (emitted - wanted).abs().max() > 1e-3
 
 
 def test_sub_probability_needs_the_last_position(monkeypatch):
-    """Without position k + 1 of `q`, an early end would be followed by the wrong law: the tests above can see that."""
+    """Without position k + 1 of `q` a wrong distribution would follow an early end: the tests above see that."""
     original = acceptance.speculative_sample
     monkeypatch.setattr(
         acceptance, "speculative_sample", lambda x, n, p, q, w=None: original(x, n, p, q[:, : x.shape[1]], w)
     )
-    emitted, wanted = joint_law(monkeypatch, Laws(4, 2, "sub"))
+    emitted, wanted = joint_distribution(monkeypatch, Distributions(4, 2, "sub"))
     assert (emitted - wanted).abs().max() > 1e-3
 
 
 def test_residual_without_mass_is_the_target():
     p = torch.tensor([[0.2, 0.3, 0.5], [0.2, 0.3, 0.5]])
     q = torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.3, 0.2]])
-    torch.testing.assert_close(acceptance.residual_law(p, q), torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.0, 1.0]]))
+    torch.testing.assert_close(
+        acceptance.residual_distribution(p, q), torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.0, 1.0]])
+    )
 
 
 def test_a_token_that_q_excludes_is_refused():
@@ -273,7 +277,7 @@ def test_sampled_tokens_follow_the_target(kind):
     """Chi-square of what `speculative_sample` really draws, counts ragged, first two tokens together."""
     torch.manual_seed(11)
     vocab, k, rows = 3, 3, 40_000
-    laws = Laws(vocab, k, kind, seed=5)
+    distributions = Distributions(vocab, k, kind, seed=5)
     counts = torch.arange(rows) % (k + 1)
     drafts = torch.zeros(rows, k, dtype=torch.int64)
     ps, qs = [], []
@@ -286,29 +290,29 @@ def test_sampled_tokens_follow_the_target(kind):
         return stacked[index]
 
     for place in range(k):
-        qs.append(of(laws.q, place))
+        qs.append(of(distributions.q, place))
         drafts[:, place] = torch.multinomial(qs[-1], 1)[:, 0]
-    ps = [of(laws.p, place) for place in range(k + 1)]
-    law = None if kind == "point" else torch.stack(qs, dim=1)
-    verdict = acceptance.speculative_sample(drafts, counts, torch.stack(ps, dim=1), law)
+    ps = [of(distributions.p, place) for place in range(k + 1)]
+    distribution = None if kind == "point" else torch.stack(qs, dim=1)
+    verdict = acceptance.speculative_sample(drafts, counts, torch.stack(ps, dim=1), distribution)
     assert (verdict.accepted <= counts).all()
     for count in range(k + 1):
         mine = counts == count
         first = verdict.tokens[mine, 0]
-        check(torch.bincount(first, minlength=vocab), laws.p[()])
+        check(torch.bincount(first, minlength=vocab), distributions.p[()])
         if not count:
             continue
         both = mine & (verdict.accepted > 0)  # given the first token, the second is a draw from p
         for token in range(vocab):
             second = verdict.tokens[both & (verdict.tokens[:, 0] == token), 1]
             if len(second) > 200:
-                check(torch.bincount(second, minlength=vocab), laws.p[(token,)])
+                check(torch.bincount(second, minlength=vocab), distributions.p[(token,)])
 
 
-def check(observed: torch.Tensor, law: torch.Tensor) -> None:
-    possible = law > 0
+def check(observed: torch.Tensor, distribution: torch.Tensor) -> None:
+    possible = distribution > 0
     assert not observed[~possible].any()
-    expected = law[possible].double() * observed.sum()
+    expected = distribution[possible].double() * observed.sum()
     expected *= observed.sum() / expected.sum()
     if possible.sum() > 1:
         result = distributions.chisquare(observed[possible].numpy(), expected.numpy())
@@ -316,7 +320,7 @@ def check(observed: torch.Tensor, law: torch.Tensor) -> None:
 
 
 def test_no_drafts_at_all():
-    """k = 0 draws from the target's law."""
+    """k = 0 draws from the target's distribution."""
     torch.manual_seed(0)
     p = torch.tensor([0.1, 0.2, 0.7]).expand(20_000, 1, 3)
     verdict = acceptance.speculative_sample(

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_specdec import AssistedConfig, PlainConfig, SpeculationConfig, VegasConfig
-from hf_specdec.generation.registry import STRATEGIES, presets
+from hf_specdec.registry import STRATEGIES, presets
 
 
 IDS = torch.arange(3, 15)[None]

@@ -11,11 +11,12 @@ from families import tiny_llama
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hf_specdec import VegasConfig, cli
+from hf_specdec import VegasConfig
 from hf_specdec.bench import report
 from hf_specdec.bench.calibrate import break_even, calibrate_vegas
 from hf_specdec.bench.run import Arm, Measurement, environment, make_arm, measure, prefill, to_json
-from hf_specdec.bench.texts import load_prompts
+from hf_specdec.commands import main as cli
+from hf_specdec.texts import load_prompts
 
 
 @pytest.fixture(scope="module")

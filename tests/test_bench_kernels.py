@@ -12,10 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_specdec import VegasConfig, cli
+from hf_specdec import VegasConfig
 from hf_specdec.bench import cases, kernels, report, run, steps
 from hf_specdec.bench.cases import Case
 from hf_specdec.bench.run import make_arm, measure, prefill
+from hf_specdec.commands import main as cli
 from hf_specdec.kernels import explicit, reference
 
 

@@ -20,9 +20,9 @@ from hf_specdec.cache.fixed import FixedView
 from hf_specdec.cache.sparse import SparseView
 from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.generation import programs
-from hf_specdec.generation.plain import PlainConfig
+from hf_specdec.generation.methods.plain import PlainConfig
+from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import Forward, ModelRunner
-from hf_specdec.generation.vegas import VegasDrafter
 from hf_specdec.kernels import choice
 from hf_specdec.kernels.dispatch import register, speculative_attention
 

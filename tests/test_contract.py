@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_specdec.generation.draft_model import decoder_layers
-from hf_specdec.generation.registry import presets, strategy_class
+from hf_specdec.generation.models.surgery import decoder_layers
 from hf_specdec.generation.strategy import SpeculationStrategy
+from hf_specdec.registry import presets, strategy_class
 
 
 PRESETS = presets()

@@ -1,8 +1,9 @@
-"""DIVERSED: the law of whole calls by exact enumeration, its inputs by cache-free forwards, its files and its limits.
+"""DIVERSED: the distribution of whole calls by exact enumeration, its inputs by cache-free forwards, its files and
+its limits.
 
 `Paths` goes through every way in which a sampled call can go: each row of a batch follows a plan, one number per
 random choice, and the probabilities of those choices multiply to the row's. What a call emits is thereby known
-exactly, and is compared with a law that is worked out from cache-free forwards of both models.
+exactly, and is compared with a distribution that is worked out from cache-free forwards of both models.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ import hf_specdec
 from hf_specdec import AssistedConfig, DiversedConfig, DiversedHead, SpeculationConfig, VegasConfig
 from hf_specdec.configuration import ADAPTER_NAME, CONFIG_NAME
 from hf_specdec.generation import acceptance
-from hf_specdec.generation.diversed import DiversedStrategy
 from hf_specdec.generation.drafting import AssistantDrafter
-from hf_specdec.generation.ensemble_head import import_reference_head, load_head
+from hf_specdec.generation.methods.diversed.head import import_reference_head, load_head
+from hf_specdec.generation.methods.diversed.method import DiversedStrategy
 from hf_specdec.generation.state import DecodingState
 
 
 ALARM = 1e-4
-EXACT = 3e-6  # laws are float32
+EXACT = 3e-6  # distributions are float32
 WARPED = {"temperature": 0.7, "top_k": 4, "top_p": 0.9}
 WARPERS = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(4), TopPLogitsWarper(0.9))
 
@@ -89,7 +90,7 @@ def heads(tmp_path_factory):
 
 
 class Table:
-    """Both models' laws and hidden states after `text` and every continuation of fewer than `length` tokens."""
+    """Both models' distributions and states after `text` and each continuation of fewer than `length` tokens."""
 
     def __init__(self, models, text, length, processors=()):
         target, draft = models
@@ -100,15 +101,15 @@ class Table:
             prefixes = list(itertools.product(range(self.vocab), repeat=size))
             more = torch.tensor(prefixes, dtype=torch.int64).view(len(prefixes), size)
             whole = torch.cat([text.expand(len(prefixes), -1), more], dim=1)
-            laws, states = zip(*(final(model, whole, chain) for model in (target, draft)), strict=True)
+            distributions, states = zip(*(final(model, whole, chain) for model in (target, draft)), strict=True)
             for row, prefix in enumerate(prefixes):
-                self.p[prefix], self.q[prefix] = laws[0][row], laws[1][row]
+                self.p[prefix], self.q[prefix] = distributions[0][row], distributions[1][row]
                 self.states[prefix] = torch.cat([states[1][row], states[0][row]])  # draft first
 
 
 @torch.no_grad()
 def final(model, text, chain=None, temperature=1.0):
-    """Return law and LM head input at the last position of each row, in float64."""
+    """Return distribution and LM head input at the last position of each row, in float64."""
     state = model.base_model(text).last_hidden_state[:, -1]
     logits = model.get_output_embeddings()(state).float()
     logits = chain(text, logits) if chain else logits
@@ -135,7 +136,7 @@ def mix(p, q, w):
 
 def geometric(p, q, w):
     v = p**w * q ** (1 - w)
-    return v / v.sum() if v.any() else p  # laws without a common token have no geometric mean
+    return v / v.sum() if v.any() else p  # distributions without a common token have no geometric mean
 
 
 def inside_target(p, q, w):
@@ -144,7 +145,7 @@ def inside_target(p, q, w):
 
 
 def declared(table, weight, bonus, tokens, rule=mix, eos=None, stop=lambda prefix: False):
-    """Return the law of a call's text by the rounds it is made of, as a dictionary."""
+    """Return the distribution of a call's text by the rounds it is made of, as a dictionary."""
     found = {}
 
     def emit(prefix, token, mass, left):
@@ -173,7 +174,7 @@ def declared(table, weight, bonus, tokens, rule=mix, eos=None, stop=lambda prefi
 
 
 def step_by_step(table, weight, rule=mix):
-    """Return the law of text that is drawn token by token from the mixture, as a dictionary."""
+    """Return the distribution of text that is drawn token by token from the mixture, as a dictionary."""
     found = {(): 1.0}
     for _ in range(table.length):
         found = {
@@ -187,13 +188,13 @@ def step_by_step(table, weight, rule=mix):
 
 
 def distance(one, other):
-    """Return the total variation distance of two laws."""
+    """Return the total variation distance of two distributions."""
     return sum(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other}) / 2
 
 
-def draws(numbers, law):
-    """Return the chi-square test's p-value of numbers drawn from `law` (a list); rare outcomes are pooled."""
-    chances = torch.as_tensor(law, dtype=torch.float64)
+def draws(numbers, distribution):
+    """Return the chi-square test's p-value of numbers drawn from `distribution` (a list); rare outcomes are pooled."""
+    chances = torch.as_tensor(distribution, dtype=torch.float64)
     counts = torch.bincount(numbers, minlength=len(chances)).double()
     assert not counts[chances <= 0].any()
     expected = chances * len(numbers)
@@ -207,7 +208,7 @@ def draws(numbers, law):
 
 
 class Paths:
-    """Enumerates calls; `law` is what row `i`, one of `texts`, emits."""
+    """Enumerates calls; `distribution` is what row `i`, one of `texts`, emits."""
 
     def __init__(self, monkeypatch, models, texts, masks=None, rows=192):
         self.patch, self.models, self.rows = monkeypatch, models, rows
@@ -226,8 +227,8 @@ class Paths:
         self.mass[row] *= float(chances[done[-1]])
         return done[-1]
 
-    def multinomial(self, law, number, **_):
-        return torch.tensor([[self.choose(row, law[slot])] for slot, row in enumerate(self.state.active)])
+    def multinomial(self, distribution, number, **_):
+        return torch.tensor([[self.choose(row, distribution[slot])] for slot, row in enumerate(self.state.active)])
 
     def rand(self, *size, **kwargs):
         coins = torch.full(self.chance.shape, 2.0, dtype=torch.float64)
@@ -237,8 +238,8 @@ class Paths:
             coins[slot, : self.choose(row, torch.stack(stay))] = -1.0
         return coins
 
-    def laws(self, config, **kwargs):
-        """Return one law per text, each a dictionary from emitted tokens to probability."""
+    def distributions(self, config, **kwargs):
+        """Return one distribution per text, each a dictionary from emitted tokens to probability."""
         begin, accept, rule = DecodingState.begin, acceptance.accept_drafts, acceptance.acceptance_probability
 
         def noted_begin(state, *args):
@@ -293,120 +294,127 @@ def generate(models, ids, config, **kwargs):
     return target.generate(ids, assistant_strategy=config, **kwargs)
 
 
-def call_law(monkeypatch, vocab, length, config, **kwargs):
-    law = Paths(monkeypatch, pair(vocab), prompt(vocab)).laws(config, max_new_tokens=length, **kwargs)[0]
-    assert sum(law.values()) == pytest.approx(1, abs=EXACT)
-    return law
+def call_distribution(monkeypatch, vocab, length, config, **kwargs):
+    distribution = Paths(monkeypatch, pair(vocab), prompt(vocab)).distributions(
+        config, max_new_tokens=length, **kwargs
+    )[0]
+    assert sum(distribution.values()) == pytest.approx(1, abs=EXACT)
+    return distribution
 
 
 def settings(tokens=2, **changes):
     return DiversedConfig(num_assistant_tokens=tokens, **changes)
 
 
-# the law of whole calls
+# the distribution of whole calls
 
 
 def test_the_pair_is_worth_testing():
-    """Draft and target differ, and no law is a point."""
-    laws = table(3, 4)
-    tv = [float((laws.p[prefix] - laws.q[prefix]).abs().sum() / 2) for prefix in laws.p]
+    """Draft and target differ, and no distribution is a point."""
+    distributions = table(3, 4)
+    tv = [float((distributions.p[prefix] - distributions.q[prefix]).abs().sum() / 2) for prefix in distributions.p]
     assert min(tv) < 0.1 and max(tv) > 0.5 and sum(tv) / len(tv) > 0.3
-    assert min(float(law.min()) for law in [*laws.p.values(), *laws.q.values()]) > 0.01
-    weights = [by_head(random_head(pair(3)))(state) for state in laws.states.values()]
+    assert (
+        min(float(distribution.min()) for distribution in [*distributions.p.values(), *distributions.q.values()])
+        > 0.01
+    )
+    weights = [by_head(random_head(pair(3)))(state) for state in distributions.states.values()]
     assert min(weights) < 0.5 and max(weights) > 0.9
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
-def test_t_bonus_law_of_a_fixed_weight(monkeypatch, bonus, weight):
-    laws, config = table(3, 4), settings(weight=weight, bonus=bonus)
-    emitted = call_law(monkeypatch, 3, 4, config)
-    assert distance(emitted, declared(laws, constant(weight), bonus, 2)) < EXACT
-    mixture = step_by_step(laws, constant(weight))
+def test_t_bonus_distribution_of_a_fixed_weight(monkeypatch, bonus, weight):
+    distributions, config = table(3, 4), settings(weight=weight, bonus=bonus)
+    emitted = call_distribution(monkeypatch, 3, 4, config)
+    assert distance(emitted, declared(distributions, constant(weight), bonus, 2)) < EXACT
+    mixture = step_by_step(distributions, constant(weight))
     if bonus == "mixture" or weight == 1:
         assert distance(emitted, mixture) < EXACT
     else:
         assert distance(emitted, mixture) > 0.05
     for other in (0.0, 0.4, 1.0):
         if other != weight:
-            assert distance(emitted, declared(laws, constant(other), bonus, 2)) > 0.03
+            assert distance(emitted, declared(distributions, constant(other), bonus, 2)) > 0.03
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
-def test_t_law_with_a_head_that_depends_on_the_hidden_states(monkeypatch, heads, bonus):
-    head, laws = random_head(pair(3)), table(3, 4)
-    emitted = call_law(monkeypatch, 3, 4, settings(adapter=heads(pair(3)), bonus=bonus))
-    assert distance(emitted, declared(laws, by_head(head), bonus, 2)) < EXACT
-    shifted = {prefix: laws.states[prefix[:-1]] for prefix in laws.states}
+def test_t_distribution_with_a_head_that_depends_on_the_hidden_states(monkeypatch, heads, bonus):
+    head, distributions = random_head(pair(3)), table(3, 4)
+    emitted = call_distribution(monkeypatch, 3, 4, settings(adapter=heads(pair(3)), bonus=bonus))
+    assert distance(emitted, declared(distributions, by_head(head), bonus, 2)) < EXACT
+    shifted = {prefix: distributions.states[prefix[:-1]] for prefix in distributions.states}
     other = Table.__new__(Table)
-    other.__dict__ = {**vars(laws), "states": shifted}  # hidden states one position early
+    other.__dict__ = {**vars(distributions), "states": shifted}  # hidden states one position early
     assert distance(emitted, declared(other, by_head(head), bonus, 2)) > 0.01
-    assert distance(emitted, declared(laws, constant(0.5), bonus, 2)) > 0.01
+    assert distance(emitted, declared(distributions, constant(0.5), bonus, 2)) > 0.01
 
 
-def test_t_law_with_offset_and_limits(monkeypatch, heads):
+def test_t_distribution_with_offset_and_limits(monkeypatch, heads):
     head, folder = random_head(pair(3)), heads(pair(3))
     config = settings(adapter=folder, bonus="mixture", weight_offset=0.8, w_min=0.45, w_max=0.7)
-    emitted = call_law(monkeypatch, 3, 3, config)
+    emitted = call_distribution(monkeypatch, 3, 3, config)
     assert distance(emitted, step_by_step(table(3, 3), by_head(head, 0.8, 0.45, 0.7))) < EXACT
     assert distance(emitted, step_by_step(table(3, 3), by_head(head, 0.8))) > 0.01
     assert distance(emitted, step_by_step(table(3, 3), by_head(head, 0.0, 0.45, 0.7))) > 0.005
 
 
-def test_t_law_limits_hold_for_a_fixed_weight(monkeypatch):
-    emitted = call_law(monkeypatch, 3, 3, settings(weight=0.1, w_min=0.6, bonus="mixture"))
+def test_t_distribution_limits_hold_for_a_fixed_weight(monkeypatch):
+    emitted = call_distribution(monkeypatch, 3, 3, settings(weight=0.1, w_min=0.6, bonus="mixture"))
     assert distance(emitted, step_by_step(table(3, 3), constant(0.6))) < EXACT
 
 
-def test_t_law_the_default_weight_is_seven_tenths(monkeypatch):
-    emitted = call_law(monkeypatch, 3, 3, "diversed")
+def test_t_distribution_the_default_weight_is_seven_tenths(monkeypatch):
+    emitted = call_distribution(monkeypatch, 3, 3, "diversed")
     assert distance(emitted, declared(table(3, 3), constant(0.7), "target", 5)) < EXACT
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
-def test_t_law_of_logit_mixing_is_the_geometric_mean(monkeypatch, bonus):
-    laws, config = table(3, 4), settings(weight=0.4, mix_space="logit", bonus=bonus)
-    emitted = call_law(monkeypatch, 3, 4, config)
-    assert distance(emitted, declared(laws, constant(0.4), bonus, 2, geometric)) < EXACT
-    assert distance(emitted, declared(laws, constant(0.4), bonus, 2)) > 0.005
+def test_t_distribution_of_logit_mixing_is_the_geometric_mean(monkeypatch, bonus):
+    distributions, config = table(3, 4), settings(weight=0.4, mix_space="logit", bonus=bonus)
+    emitted = call_distribution(monkeypatch, 3, 4, config)
+    assert distance(emitted, declared(distributions, constant(0.4), bonus, 2, geometric)) < EXACT
+    assert distance(emitted, declared(distributions, constant(0.4), bonus, 2)) > 0.005
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
 @pytest.mark.parametrize("mode", ["plain", "support", "logit"])
-def test_t_law_under_warpers(monkeypatch, bonus, mode):
-    """Laws with zeros, and supports that overlap in part."""
-    laws = table(4, 3, (TopKLogitsWarper(2),))
+def test_t_distribution_under_warpers(monkeypatch, bonus, mode):
+    """Distributions with zeros, and supports that overlap in part."""
+    distributions = table(4, 3, (TopKLogitsWarper(2),))
     rules = {"plain": mix, "support": inside_target, "logit": geometric}
     changes = {"plain": {}, "support": {"restrict_to_target_support": True}, "logit": {"mix_space": "logit"}}
-    overlap = {int(((laws.p[prefix] > 0) & (laws.q[prefix] > 0)).sum()) for prefix in laws.p}
+    overlap = {
+        int(((distributions.p[prefix] > 0) & (distributions.q[prefix] > 0)).sum()) for prefix in distributions.p
+    }
     assert {0, 1} <= overlap
-    emitted = call_law(monkeypatch, 4, 3, settings(weight=0.5, bonus=bonus, **changes[mode]), top_k=2)
-    assert distance(emitted, declared(laws, constant(0.5), bonus, 2, rules[mode])) < EXACT
-    outside = sum(mass for text, mass in emitted.items() if laws.p[text[:1]][text[1]] == 0)
+    emitted = call_distribution(monkeypatch, 4, 3, settings(weight=0.5, bonus=bonus, **changes[mode]), top_k=2)
+    assert distance(emitted, declared(distributions, constant(0.5), bonus, 2, rules[mode])) < EXACT
+    outside = sum(mass for text, mass in emitted.items() if distributions.p[text[:1]][text[1]] == 0)
     assert (outside > 0.01) if mode == "plain" else (outside == 0)
 
 
 @pytest.mark.parametrize("mode", ["support", "logit"])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_t_num_ends_of_the_scale_under_warpers(monkeypatch, mode, weight):
-    laws = table(4, 3, (TopKLogitsWarper(2),))
+    distributions = table(4, 3, (TopKLogitsWarper(2),))
     rule = {"support": inside_target, "logit": lambda p, q, w: p if w else q}[mode]
     changes = {"support": {"restrict_to_target_support": True}, "logit": {"mix_space": "logit"}}[mode]
-    emitted = call_law(monkeypatch, 4, 3, settings(weight=weight, bonus="mixture", **changes), top_k=2)
-    assert distance(emitted, step_by_step(laws, constant(weight), rule)) < EXACT
+    emitted = call_distribution(monkeypatch, 4, 3, settings(weight=weight, bonus="mixture", **changes), top_k=2)
+    assert distance(emitted, step_by_step(distributions, constant(weight), rule)) < EXACT
 
 
-def test_t_prefix_law_under_processors_that_read_the_text(monkeypatch):
-    laws = table(3, 4, (RepetitionPenaltyLogitsProcessor(1.8),))
-    emitted = call_law(monkeypatch, 3, 4, settings(weight=0.4, bonus="mixture"), repetition_penalty=1.8)
-    assert distance(emitted, step_by_step(laws, constant(0.4))) < EXACT
+def test_t_prefix_distribution_under_processors_that_read_the_text(monkeypatch):
+    distributions = table(3, 4, (RepetitionPenaltyLogitsProcessor(1.8),))
+    emitted = call_distribution(monkeypatch, 3, 4, settings(weight=0.4, bonus="mixture"), repetition_penalty=1.8)
+    assert distance(emitted, step_by_step(distributions, constant(0.4))) < EXACT
     assert distance(emitted, step_by_step(table(3, 4), constant(0.4))) > 0.02
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
 def test_t_adapt_draft_lengths_that_follow_the_text(monkeypatch, heads, bonus):
     """A stopping rule that looks at what has been drafted so far; rows of one batch draft 0, 1 or 2."""
-    head, laws, start = random_head(pair(3)), table(3, 4), prompt(3).shape[1]
+    head, distributions, start = random_head(pair(3)), table(3, 4), prompt(3).shape[1]
     propose, seen = AssistantDrafter.propose, set()
 
     def stop(prefix):
@@ -422,13 +430,13 @@ def test_t_adapt_draft_lengths_that_follow_the_text(monkeypatch, heads, bonus):
         return draft
 
     monkeypatch.setattr(AssistantDrafter, "propose", shorter)
-    emitted = call_law(monkeypatch, 3, 4, settings(adapter=heads(pair(3)), bonus=bonus))
+    emitted = call_distribution(monkeypatch, 3, 4, settings(adapter=heads(pair(3)), bonus=bonus))
     assert seen == {0, 1, 2}
-    assert distance(emitted, declared(laws, by_head(head), bonus, 2, stop=stop)) < EXACT
+    assert distance(emitted, declared(distributions, by_head(head), bonus, 2, stop=stop)) < EXACT
     if bonus == "mixture":
-        assert distance(emitted, step_by_step(laws, by_head(head))) < EXACT
+        assert distance(emitted, step_by_step(distributions, by_head(head))) < EXACT
     else:
-        assert distance(emitted, declared(laws, by_head(head), bonus, 2)) > 0.01
+        assert distance(emitted, declared(distributions, by_head(head), bonus, 2)) > 0.01
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
@@ -438,10 +446,10 @@ def test_t_batch_rows_of_different_lengths(monkeypatch, heads, bonus):
     texts = torch.tensor([[2, 1, 0, 1, 2, 2], [0, 0, 0, 2, 1, 1]])
     masks = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
     paths = Paths(monkeypatch, models, texts, masks)
-    found = paths.laws(settings(adapter=heads(models), bonus=bonus), max_new_tokens=3, pad_token_id=0)
+    found = paths.distributions(settings(adapter=heads(models), bonus=bonus), max_new_tokens=3, pad_token_id=0)
     wanted = [declared(Table(models, text, 3), by_head(head), bonus, 2) for text in (texts[:1], texts[1:, 3:])]
-    for emitted, law in zip(found, wanted, strict=True):
-        assert distance(emitted, law) < EXACT
+    for emitted, distribution in zip(found, wanted, strict=True):
+        assert distance(emitted, distribution) < EXACT
     assert distance(*wanted) > 0.05
 
 
@@ -456,15 +464,15 @@ def test_t_batch_greedy_rows_do_not_see_their_neighbours(llama, tmp_path):
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
-def test_t_stop_law_with_an_end_token(monkeypatch, bonus):
+def test_t_stop_distribution_with_an_end_token(monkeypatch, bonus):
     """The end token comes as an accepted draft, as a replacement and as the bonus token; nothing follows it."""
-    laws, weight = table(3, 4), constant(0.5)
-    emitted = call_law(monkeypatch, 3, 4, settings(weight=0.5, bonus=bonus), eos_token_id=1, pad_token_id=0)
-    assert distance(emitted, declared(laws, weight, bonus, 2, eos=1)) < EXACT
+    distributions, weight = table(3, 4), constant(0.5)
+    emitted = call_distribution(monkeypatch, 3, 4, settings(weight=0.5, bonus=bonus), eos_token_id=1, pad_token_id=0)
+    assert distance(emitted, declared(distributions, weight, bonus, 2, eos=1)) < EXACT
     assert {len(text) for text in emitted if text[-1] == 1} == {1, 2, 3, 4}
 
 
-# the law of real draws
+# the distribution of real draws
 
 
 def sampled(config, rows, length, seed, vocab=5, **kwargs):
@@ -478,32 +486,36 @@ def sampled(config, rows, length, seed, vocab=5, **kwargs):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_t_seq_law_of_two_drafted_tokens(heads, learned):
+def test_t_seq_distribution_of_two_drafted_tokens(heads, learned):
     """Three tokens with more drafts than that: the second and third are judged, the first comes from the target."""
-    head, laws = random_head(pair(5)), table(5, 3)
+    head, distributions = random_head(pair(5)), table(5, 3)
     weight = by_head(head) if learned else constant(0.4)
     config = settings(4, adapter=heads(pair(5))) if learned else settings(4, weight=0.4)
     text = sampled(config, 6000, 6, seed=5)[:, :3]
     numbers = text @ torch.tensor([25, 5, 1])
 
-    def law(rule, w):
+    def distribution(rule, w):
         found = []
         for prefix in itertools.product(range(5), repeat=3):
-            chance = float(laws.p[()][prefix[0]])
+            chance = float(distributions.p[()][prefix[0]])
             for place in (1, 2):
                 before = prefix[:place]
-                chance *= float(rule(laws.p[before], laws.q[before], w(laws.states[before]))[prefix[place]])
+                chance *= float(
+                    rule(distributions.p[before], distributions.q[before], w(distributions.states[before]))[
+                        prefix[place]
+                    ]
+                )
             found.append(chance)
         return found
 
-    assert draws(numbers, law(mix, weight)) > ALARM
-    assert draws(numbers, law(mix, constant(1.0))) < ALARM / 100
-    assert draws(numbers, law(mix, constant(0.0))) < ALARM / 100
-    assert draws(numbers, law(mix, constant(0.8))) < ALARM
+    assert draws(numbers, distribution(mix, weight)) > ALARM
+    assert draws(numbers, distribution(mix, constant(1.0))) < ALARM / 100
+    assert draws(numbers, distribution(mix, constant(0.0))) < ALARM / 100
+    assert draws(numbers, distribution(mix, constant(0.8))) < ALARM
 
 
 @pytest.fixture(scope="module")
-def laws_of_eight():
+def distributions_of_eight():
     generator = torch.Generator().manual_seed(7)
     return [torch.softmax(1.5 * torch.randn(8, generator=generator), dim=0) for _ in range(2)]
 
@@ -518,8 +530,8 @@ def single_steps(p, q, weight, rows=40_000, seed=3):
 
 
 @pytest.mark.parametrize("weight", [0.3, 0.6])
-def test_t_law_of_single_steps(laws_of_eight, weight):
-    p, q = laws_of_eight
+def test_t_distribution_of_single_steps(distributions_of_eight, weight):
+    p, q = distributions_of_eight
     _, _, tokens = single_steps(p, q, weight)
     assert draws(tokens, mix(p, q, weight)) > ALARM
     for wrong in (p, q, geometric(p, q, weight), mix(p, q, 1 - weight) if weight != 0.5 else p):
@@ -527,8 +539,8 @@ def test_t_law_of_single_steps(laws_of_eight, weight):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 0.75, 1.0])
-def test_t_acc_is_one_minus_w_tv(laws_of_eight, weight):
-    p, q = laws_of_eight
+def test_t_acc_is_one_minus_w_tv(distributions_of_eight, weight):
+    p, q = distributions_of_eight
     tv = float((p - q).abs().sum() / 2)
     assert tv > 0.3
     every = torch.arange(8)[:, None]
@@ -635,7 +647,7 @@ def test_golden_vector_of_sampling():
     )[:, 0]
     torch.testing.assert_close(chance, torch.tensor([0.742857, 1.0, 1.0, 1.0]))
     assert float(chance @ Q) == pytest.approx(0.82, abs=1e-6)
-    residual = acceptance.residual_law(P[None], Q[None])[0]
+    residual = acceptance.residual_distribution(P[None], Q[None])[0]
     torch.testing.assert_close(residual, torch.tensor([0, 1 / 3, 1 / 2, 1 / 6]))
     emitted = chance * Q + (1 - chance @ Q) * residual
     torch.testing.assert_close(emitted, torch.tensor([0.52, 0.26, 0.14, 0.08]))
@@ -652,19 +664,23 @@ def test_golden_vector_of_greedy_decoding(weight, choice):
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.9])
-def test_t_res_does_not_depend_on_the_weight(monkeypatch, laws_of_eight, weight):
+def test_t_res_does_not_depend_on_the_weight(monkeypatch, distributions_of_eight, weight):
     """What replaces a refused draft is drawn from the residual of p, which is that of v as well."""
-    p, q = laws_of_eight
+    p, q = distributions_of_eight
     seen = []
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.full((1, 1), 0.999999, dtype=torch.float64))
-    monkeypatch.setattr(torch, "multinomial", lambda law, _: seen.append(law) or law.argmax(-1, keepdim=True))
+    monkeypatch.setattr(
+        torch,
+        "multinomial",
+        lambda distribution, _: seen.append(distribution) or distribution.argmax(-1, keepdim=True),
+    )
     drafts = (q / p).argmax()[None, None]
     verdict = acceptance.speculative_sample(
         drafts, torch.ones(1).long(), p.expand(1, 2, -1), q.expand(1, 1, -1), torch.full((1, 1), weight)
     )
     assert verdict.accepted.tolist() == [0]
-    for law in (p, mix(p, q, weight)):
-        rest = (law - q).clamp(min=0)
+    for distribution in (p, mix(p, q, weight)):
+        rest = (distribution - q).clamp(min=0)
         torch.testing.assert_close(seen[0][0], rest / rest.sum())
 
 
@@ -698,7 +714,8 @@ class Rounds(list):
                 self.append({
                     "row": row, "slot": slot, "count": draft.counts[slot], "accepted": result.accepted[slot],
                     "text": state.text[row, : state.committed[slot]].clone(), "drafts": draft.tokens[slot],
-                    "q": None if draft.law is None else draft.law[slot], "logits": target.logits[slot],
+                    "q": None if draft.distributions is None else draft.distributions[slot],
+                    "logits": target.logits[slot],
                     "scores": result.scores[slot], "weights": self.weights[before:], "inputs": self.inputs[asked:],
                     "ahead": self.ahead[looked:],
                 })  # fmt: skip
@@ -752,7 +769,7 @@ def test_t_blind_weights_do_not_see_the_drafted_token(monkeypatch, heads):
     def weights(drafts):
         with monkeypatch.context() as patch:
             rounds, script = Rounds(patch), iter([1, *drafts])
-            patch.setattr(torch, "multinomial", lambda law, _: torch.tensor([[next(script, 0)]]))
+            patch.setattr(torch, "multinomial", lambda distribution, _: torch.tensor([[next(script, 0)]]))
             generate(models, prompt(5), settings(4, adapter=folder), max_new_tokens=6)
         first = next(seen for seen in rounds if seen["count"])
         assert first["drafts"].tolist() == list(drafts)
@@ -765,8 +782,8 @@ def test_t_blind_weights_do_not_see_the_drafted_token(monkeypatch, heads):
         assert (changed[place + 1 :] != plain[place + 1 :]).all()
 
 
-def test_t_q_laws_are_processed_once(monkeypatch):
-    """The law that judges a draft is the one it was drawn from: the caller's warpers, once."""
+def test_t_q_distributions_are_processed_once(monkeypatch):
+    """The distribution that judges a draft is the one it was drawn from: the caller's warpers, once."""
     rounds = Rounds(monkeypatch)
     torch.manual_seed(0)
     generate(pair(8), prompt(8), settings(3, weight=0.5), max_new_tokens=16, num_return_sequences=4, **WARPED)
@@ -818,8 +835,8 @@ def test_t_ban_tokens_that_are_banned_never_appear():
     options = {"max_new_tokens": 10, "num_return_sequences": 500}
     torch.manual_seed(0)
     free = generate(pair(5), prompt(5), config, **options)[:, 6:]
-    laws = table(5, 3)
-    banned = int(sum(laws.q.values()).argmax())
+    distributions = table(5, 3)
+    banned = int(sum(distributions.q.values()).argmax())
     assert float((free == banned).double().mean()) > 0.15
     for ban in ({"suppress_tokens": [banned]}, {"bad_words_ids": [[banned]]}):
         text = generate(pair(5), prompt(5), config, **ban, **options)[:, 6:]
@@ -835,9 +852,9 @@ def test_t_ban_a_token_that_only_the_target_excludes():
     _, _, tokens = single_steps(p, q, 0.1, rows=2000)
     assert float((tokens == 0).double().mean()) == pytest.approx(0.45, abs=0.05)
     strategy = DiversedStrategy(settings(weight=0.1, restrict_to_target_support=True), pair(3)[1])
-    law = strategy.mixture(p, q, torch.tensor(0.1))
-    assert law[0] == 0
-    torch.testing.assert_close(law, inside_target(p, q, 0.1))
+    distribution = strategy.mixture(p, q, torch.tensor(0.1))
+    assert distribution[0] == 0
+    torch.testing.assert_close(distribution, inside_target(p, q, 0.1))
 
 
 @pytest.mark.parametrize("bonus", ["target", "mixture"])
@@ -864,10 +881,10 @@ def test_t_cache_logits_equal_cache_free_forwards(monkeypatch, llama, kind, low,
         torch.testing.assert_close(seen["logits"][: count + 1], logits, atol=1e-8, rtol=0)
         if count:
             torch.testing.assert_close(seen["q"][:count].double(), torch.softmax(own[:-1], -1), atol=1e-6, rtol=0)
-        for law, _ in seen["ahead"]:
+        for distribution, _ in seen["ahead"]:
             if seen["accepted"] == count:
                 wanted = torch.softmax(own[-1], -1)
-                torch.testing.assert_close(law[seen["slot"]].double(), wanted, atol=1e-6, rtol=0)
+                torch.testing.assert_close(distribution[seen["slot"]].double(), wanted, atol=1e-6, rtol=0)
                 ahead += 1
     assert (ahead > 1) == (bonus == "mixture")
 
@@ -900,7 +917,7 @@ def test_t_greedy_text_is_that_of_the_mixture(llama, tmp_path, weight):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_t_greedy_temperature_of_the_mixed_laws(llama, temperature):
+def test_t_greedy_temperature_of_the_mixed_distributions(llama, temperature):
     models = (llama.model, families.perturbed(llama.model, 0.3))
     config = settings(3, bonus="mixture", weight=0.5, greedy_temperature=temperature)
     text = greedy(models, llama.one["input_ids"], config, 40)
@@ -968,7 +985,7 @@ def test_t_num_identical_models_accept_everything(llama, mode, do_sample, bonus)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_t_num_huge_logits_of_unlike_models(heads, dtype, do_sample, mode):
-    """Laws that are points, mostly on different tokens: nothing underflows into a NaN."""
+    """Distributions that are points, mostly on different tokens: nothing underflows into a NaN."""
     models = [families.build("Llama", seed=seed, vocab_size=8, hidden_size=16) for seed in (1, 2)]
     for model in models:
         model.get_output_embeddings().weight.data *= 1e4
@@ -985,7 +1002,7 @@ def test_t_num_huge_logits_of_unlike_models(heads, dtype, do_sample, mode):
 
 @pytest.mark.parametrize("do_sample", [False, True])
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_t_num_restricted_laws_without_a_common_token(weight, do_sample):
+def test_t_num_restricted_distributions_without_a_common_token(weight, do_sample):
     """Both models are sure, of different tokens; what the target excludes must not appear, so its own text does."""
     models = [families.build("Llama", seed=seed, vocab_size=8, hidden_size=16) for seed in (1, 2)]
     for model in models:
@@ -1018,7 +1035,7 @@ def test_t_dtype_the_weight_is_not_rounded(monkeypatch, heads, dtype):
     assert len({round(value, 5) for value in values}) > len({round(value, 2) for value in values})
 
 
-def test_t_dtype_laws_of_half_precision_models_are_float32(monkeypatch):
+def test_t_dtype_distributions_of_half_precision_models_are_float32(monkeypatch):
     models = [families.build("Llama", seed=seed, vocab_size=8, hidden_size=16).bfloat16() for seed in (1, 2)]
     accept, seen = acceptance.accept_drafts, []
     monkeypatch.setattr(acceptance, "accept_drafts", lambda *args: seen.append(args) or accept(*args))
@@ -1296,7 +1313,7 @@ def test_t_io_settings_round_trip(config):
 
 def test_a_head_trained_under_other_warpers_is_announced(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_specdec.generation.diversed.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_specdec.generation.methods.diversed.method.logger.warning_once", said.append)
     train = {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
     random_head(pair(5)).save(tmp_path, settings(), pair(5)[1], pair(5)[0], train)
     generate(pair(5), prompt(5), str(tmp_path), max_new_tokens=4, temperature=0.7)
@@ -1360,13 +1377,15 @@ def test_t_parity_greedy_text_is_that_of_stocks_ensemble(llama, weight, noise):
 @pytest.mark.parametrize("weight", [0.3, 0.7])
 @pytest.mark.parametrize("count", [2, 4])
 def test_t_parity_sampling_decides_like_stock(monkeypatch, weight, count):
-    """The same uniforms and the same laws: as many drafts stay, and the next token comes from the same law."""
+    """The same uniforms and distributions: as many drafts stay, and the next token's distribution is the same."""
     torch.manual_seed(count)
     # 5.17 also asks whether the draft ended the text
     more = [False] if "is_done_candidate" in signature(stock._speculative_sampling).parameters else []
     seen, found = [], set()
     monkeypatch.setattr(
-        torch, "multinomial", lambda law, *_, num_samples=1: seen.append(law) or law.argmax(-1)[:, None]
+        torch,
+        "multinomial",
+        lambda distribution, *_, num_samples=1: seen.append(distribution) or distribution.argmax(-1)[:, None],
     )
     for _ in range(60):
         target, draft = 1.5 * torch.randn(1, count + 1, 8), 1.5 * torch.randn(1, count, 8)

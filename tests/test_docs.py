@@ -17,8 +17,8 @@ from docs_blocks import ROOT
 
 import hf_specdec
 from hf_specdec.bench.run import make_arm
-from hf_specdec.cli import app
-from hf_specdec.generation.registry import STRATEGIES
+from hf_specdec.commands.main import app
+from hf_specdec.registry import STRATEGIES
 
 
 sys.path.insert(0, str(ROOT / "docs"))

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 import hf_specdec
 from hf_specdec import AssistedConfig, DiversedConfig, SpeculationConfig
 from hf_specdec.configuration import ADAPTER_NAME, CONFIG_NAME
-from hf_specdec.generation.draft_model import cut_draft, decoder_layers, load_draft, own_parameters, save_draft
-from hf_specdec.generation.vocabulary import ReducedHead
+from hf_specdec.generation.models.draft_model import cut_draft, load_draft, own_parameters, save_draft
+from hf_specdec.generation.models.surgery import decoder_layers
+from hf_specdec.generation.models.vocabulary import ReducedHead
 
 
 NAMES = ["llama", "gemma3", "gpt2", "gpt_neox", "gpt_oss"]
@@ -127,14 +128,14 @@ def test_a_reduced_head_scores_its_words_like_the_full_head(bias):
     full = torch.nn.Linear(16, 64, bias=bias)
     head, hidden = ReducedHead(full, WORDS), torch.randn(2, 5, 16)
     with torch.no_grad():
-        logits, law = head(hidden), torch.softmax(head(hidden), dim=-1)
+        logits, distribution = head(hidden), torch.softmax(head(hidden), dim=-1)
         torch.testing.assert_close(logits[..., WORDS], full(hidden)[..., WORDS])
         torch.testing.assert_close(head.reduced(hidden), logits[..., WORDS])
     outside = torch.ones(64, dtype=torch.bool)
     outside[WORDS] = False
     assert logits.shape == (2, 5, 64) and logits.isfinite().all()
-    assert law[..., outside].max() <= 1e-4 and (law[..., WORDS] > 0).all()
-    torch.testing.assert_close(law[..., WORDS], torch.softmax(full(hidden)[..., WORDS], dim=-1))
+    assert distribution[..., outside].max() <= 1e-4 and (distribution[..., WORDS] > 0).all()
+    torch.testing.assert_close(distribution[..., WORDS], torch.softmax(full(hidden)[..., WORDS], dim=-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

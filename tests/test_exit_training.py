@@ -12,7 +12,7 @@ from test_trained_family import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from hf_specdec import SpecBoundConfig, cli, unload
+from hf_specdec import SpecBoundConfig, unload
 from hf_specdec.bench.ablations import specbound_arms
 from hf_specdec.bench.calibrate_specbound import (
     Costs,
@@ -23,7 +23,8 @@ from hf_specdec.bench.calibrate_specbound import (
     trace_exits,
 )
 from hf_specdec.bench.run import make_arm, measure
-from hf_specdec.generation.exit_heads import ExitHeads, load_exit_heads
+from hf_specdec.commands import main as cli
+from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads, load_exit_heads
 from hf_specdec.training.data import write_texts
 from hf_specdec.training.specbound import ExitTraining, train_exit_heads
 
@@ -57,7 +58,7 @@ def trained(target, corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("adapter", None), ("adapter", 16), ("full", None), ("block", None)])
-def test_heads_learn_the_models_law_and_leave_it_alone(target, corpus, tmp_path, kind, rank):
+def test_heads_learn_the_models_distribution_and_leave_it_alone(target, corpus, tmp_path, kind, rank):
     before = {name: value.clone() for name, value in target.state_dict().items()}
     settings = ExitTraining(kind=kind, rank=rank, learning_rate=3e-3, **SETTINGS)
     losses = []
@@ -122,7 +123,7 @@ def test_the_command_trains_and_its_folder_is_a_strategy(target, corpus, tmp_pat
     out = tmp_path / "heads"
     arguments = ["train", "specbound", "--data", str(tmp_path / "texts.safetensors"), "--layers", "3", "--steps", "2"]
     arguments += ["--model", str(TINY / "target"), "--dtype", "float32", "--vocabulary", "100", "--out", str(out)]
-    monkeypatch.setattr("hf_specdec.console.load_model", None)
+    monkeypatch.setattr("hf_specdec.commands.console.load_model", None)
     found = CliRunner().invoke(cli.app, [*arguments, "--kind", "final"])
     assert found.exit_code != 0
     ids = torch.tensor([[5, 6, 7]])
@@ -245,7 +246,7 @@ def test_calibrated_settings_can_be_written_into_the_adapter(target, trained, tm
     import shutil
 
     from hf_specdec import SpeculationConfig, VegasConfig
-    from hf_specdec.generation.adapters import write_config
+    from hf_specdec.generation.models.adapters import write_config
 
     folder = tmp_path / "heads"
     shutil.copytree(trained, folder)
@@ -268,9 +269,9 @@ def test_the_command_calibrates_and_refuses(monkeypatch, tmp_path):
         ["calibrate", "specbound", "--adapter", str(tmp_path / "nowhere")],
         ["bench", "--ablate", "vegas"],
     ):
-        monkeypatch.setattr("hf_specdec.cli.load_model", lambda *_: (tiny_llama().float(), None))
-        monkeypatch.setattr("hf_specdec.bench.commands.load_model", lambda *_: (tiny_llama().float(), None))
-        monkeypatch.setattr("hf_specdec.bench.texts.long_prompt", lambda *_: [3, 4, 5])
+        monkeypatch.setattr("hf_specdec.commands.main.load_model", lambda *_: (tiny_llama().float(), None))
+        monkeypatch.setattr("hf_specdec.commands.calibrate.load_model", lambda *_: (tiny_llama().float(), None))
+        monkeypatch.setattr("hf_specdec.texts.long_prompt", lambda *_: [3, 4, 5])
         monkeypatch.setattr(sys, "argv", ["hf-specdec", *arguments])
         with pytest.raises(SystemExit) as stopped:
             cli.main()

@@ -17,12 +17,11 @@ from transformers.generation import BaseStreamer
 from typer.testing import CliRunner
 
 import hf_specdec
-from hf_specdec import AssistedConfig, DiversedConfig, SpeculationConfig, SpeculationOutput
-from hf_specdec.cli import app
+from hf_specdec import AssistedConfig, DiversedConfig, SpeculationConfig, SpeculationOutput, registry
+from hf_specdec.commands.main import app
 from hf_specdec.export import _requirement, export_custom_generate
-from hf_specdec.generation import registry
-from hf_specdec.generation.draft_model import cut_draft, save_draft
-from hf_specdec.generation.plain import PlainStrategy
+from hf_specdec.generation.methods.plain import PlainStrategy
+from hf_specdec.generation.models.draft_model import cut_draft, save_draft
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 import hf_specdec
 from hf_specdec import AssistedConfig, SpecBoundConfig, SpeculationConfig, VegasConfig, ViaSDConfig
 from hf_specdec.card import BEGIN, END, write_card
-from hf_specdec.generation.exit_heads import ExitHeads
+from hf_specdec.configuration import load_config
+from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads
 
 
 HERE = Path(__file__).parent
@@ -126,12 +127,12 @@ def test_a_card_that_is_there_is_completed_and_no_more(tmp_path):
     VegasConfig(3).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == text.encode()
     for _ in range(2):
-        write_card(tmp_path)
+        write_card(tmp_path, load_config(tmp_path))
         found = (tmp_path / "README.md").read_bytes().decode()
         added = "library_name: hf_specdec\r\npipeline_tag: text-generation\r\n"
         assert found == text.replace("tags: [a]\r\n", f"tags: [a]\r\n{added}")
     (tmp_path / "README.md").write_text("Words.\n")
-    write_card(tmp_path)
+    write_card(tmp_path, load_config(tmp_path))
     assert (tmp_path / "README.md").read_text().endswith("- vegas\n---\n\nWords.\n")
 
 
@@ -148,7 +149,7 @@ def test_cards_that_can_not_be_completed(tmp_path, text, message):
     VegasConfig().save_pretrained(tmp_path)
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(ValueError, match=rf"(?s)README.md.*{message}"):
-        write_card(tmp_path)
+        write_card(tmp_path, load_config(tmp_path))
     assert (tmp_path / "README.md").read_text() == text
 
 
@@ -175,5 +176,5 @@ def test_every_card_of_the_repository_is_complete(tmp_path):
         copy.mkdir()
         for name in ("README.md", "specdec_config.json"):
             shutil.copy(card.parent / name, copy)
-        write_card(copy)
+        write_card(copy, load_config(copy))
         assert (copy / "README.md").read_bytes() == card.read_bytes(), card

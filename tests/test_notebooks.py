@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_specdec.generation.registry import STRATEGIES, strategy_class
+from hf_specdec.registry import STRATEGIES, strategy_class
 
 
 nbformat = pytest.importorskip("nbformat")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_specdec import DiversedConfig, PromptLookupConfig
-from hf_specdec.generation.prompt_lookup import LookupDrafter
+from hf_specdec.generation.methods.prompt_lookup import LookupDrafter
 
 
 def follow(text, room=10, size=2):

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from hf_specdec import AssistedConfig, SPDConfig, SpecBoundConfig, VegasConfig, ViaSDConfig, ViaSDQualityError
 from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
-from hf_specdec.bench.texts import long_prompt
+from hf_specdec.texts import long_prompt
 
 
 pytestmark = [

@@ -10,9 +10,9 @@ import torch
 
 import hf_specdec
 from hf_specdec import SpeculationConfig
-from hf_specdec.generation.registry import STRATEGIES, config_class, preset, presets, strategy_class
 from hf_specdec.generation.state import DecodingState
 from hf_specdec.generation.strategy import Draft, Drafter, SpeculationStrategy
+from hf_specdec.registry import STRATEGIES, config_class, preset, presets, strategy_class
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from families import tiny_llama
 
 from hf_specdec import VegasConfig
-from hf_specdec.generation.vegas import VegasStrategy
+from hf_specdec.generation.methods.vegas import VegasStrategy
 
 
 CONFIG = VegasConfig(min_context=0, min_tokens=2, kv_ratio=0.3, num_assistant_tokens=3)

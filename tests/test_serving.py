@@ -22,7 +22,7 @@ from transformers.utils.import_utils import is_serve_available
 
 import hf_specdec
 from hf_specdec import SpeculationStats, _compat
-from hf_specdec.cli import main
+from hf_specdec.commands.main import main
 from hf_specdec.serving import SpeculationMetrics, serve
 
 
@@ -111,7 +111,7 @@ def run(log, *arguments):
         listener.bind(("localhost", 0))
         port = listener.getsockname()[1]
     url = f"http://localhost:{port}"
-    command = [sys.executable, "-c", "from hf_specdec.cli import main; main()", "serve", *arguments]
+    command = [sys.executable, "-c", "from hf_specdec.commands.main import main; main()", "serve", *arguments]
     options = ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
     with log.open("w") as output:
         process = subprocess.Popen(

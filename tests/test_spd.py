@@ -17,11 +17,11 @@ from torch.nn.functional import one_hot
 from transformers import LogitsProcessor
 
 from hf_specdec import SPDConfig
-from hf_specdec.generation.adapters import remember
-from hf_specdec.generation.depth_map import DepthMap
-from hf_specdec.generation.draft_model import decoder_layers
-from hf_specdec.generation.draft_module import KIND, PipelineDraftModule
-from hf_specdec.generation.spd import SPDStrategy
+from hf_specdec.generation.methods.spd.depth_map import DepthMap
+from hf_specdec.generation.methods.spd.draft_module import KIND, PipelineDraftModule
+from hf_specdec.generation.methods.spd.method import SPDStrategy
+from hf_specdec.generation.models.adapters import remember
+from hf_specdec.generation.models.surgery import decoder_layers
 
 
 UNEVEN = (1, 3, 2, 2)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_spd import UNEVEN, Module, prompt, stock, target
 
 from hf_specdec import SPDConfig, SpeculationConfig, unload
-from hf_specdec.generation.adapters import remember
-from hf_specdec.generation.depth_map import DepthMap
-from hf_specdec.generation.draft_module import KIND, load_draft_module
+from hf_specdec.generation.methods.spd.depth_map import DepthMap
+from hf_specdec.generation.methods.spd.draft_module import KIND, load_draft_module
+from hf_specdec.generation.models.adapters import remember
 from hf_specdec.training.data import Text
 from hf_specdec.training.spd import ModuleTraining, train_draft_module
 

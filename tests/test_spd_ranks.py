@@ -13,11 +13,11 @@ import torch
 from ranks import Died, run_ranks
 
 import hf_specdec
-from hf_specdec.generation.depth_map import DepthMap
-from hf_specdec.generation.draft_module import DraftReader, PipelineDraftModule
-from hf_specdec.generation.pipeline_ranks import RankedPipeline
-from hf_specdec.generation.ranks import PipelineRankError
-from hf_specdec.generation.spd import SPDConfig
+from hf_specdec.generation.methods.spd.depth_map import DepthMap
+from hf_specdec.generation.methods.spd.draft_module import DraftReader, PipelineDraftModule
+from hf_specdec.generation.methods.spd.method import SPDConfig
+from hf_specdec.generation.methods.spd.ranked_pipeline import RankedPipeline
+from hf_specdec.generation.methods.spd.ranks import PipelineRankError
 
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from hf_specdec import SpeculationConfig
 from hf_specdec.bench.ticks import TickReport, count_ticks
-from hf_specdec.cli import app
-from hf_specdec.generation.depth_map import DepthMap
-from hf_specdec.generation.draft_module import PipelineDraftModule, load_draft_module
-from hf_specdec.generation.spd import SPDConfig
+from hf_specdec.commands.main import app
+from hf_specdec.generation.methods.spd.depth_map import DepthMap
+from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule, load_draft_module
+from hf_specdec.generation.methods.spd.method import SPDConfig
 from hf_specdec.training.convert_spd import convert_reference
 from hf_specdec.training.data import Text, save_texts
 from hf_specdec.training.spd import ModuleTraining, _ModuleRun, train_draft_module
@@ -156,9 +156,9 @@ def test_bad_training_settings_name_what_is_allowed(model, texts, changes, messa
 
 
 def test_commands_train_and_count(model, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_specdec.training.commands.load_model", lambda *_: (model, None))
-    monkeypatch.setattr("hf_specdec.bench.commands.load_model", lambda *_: (model, None))
-    monkeypatch.setattr("hf_specdec.bench.texts.chat_ids", lambda _, turns: [5, *map(ord, turns[0][:3]), 7])
+    monkeypatch.setattr("hf_specdec.commands.train.load_model", lambda *_: (model, None))
+    monkeypatch.setattr("hf_specdec.commands.calibrate.load_model", lambda *_: (model, None))
+    monkeypatch.setattr("hf_specdec.texts.chat_ids", lambda _, turns: [5, *map(ord, turns[0][:3]), 7])
     save_texts(texts, tmp_path / "texts.safetensors")
     arguments = ["train", "spd", "--data", str(tmp_path / "texts.safetensors"), "--stages", "2", "--draft-layers", "1"]
     arguments += ["--feature-layers", "0,2,3", "--vocabulary", "32", "--steps", "2", "--out", str(tmp_path / "out")]

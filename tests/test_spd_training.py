@@ -11,7 +11,7 @@ from test_spd import UNEVEN, Module, prompt, raw_states, spd, stock, target, twi
 from test_spd import ids_of as words_in
 from test_spd_adapter import QUICK, small, texts
 
-from hf_specdec.generation.depth_map import DepthMap
+from hf_specdec.generation.methods.spd.depth_map import DepthMap
 from hf_specdec.training import spd as training
 from hf_specdec.training.spd import Layout, ModuleTraining, Student, train_draft_module
 

@@ -1,4 +1,5 @@
-"""SpecBound: the table of pitfalls of its description, its round layer call by layer call, its heads and its law.
+"""SpecBound: the table of pitfalls of its description, its round layer call by layer call, its heads and its
+distribution.
 
 Three instruments: `rounds` notes what every round ran, `scripted` replaces the exit heads by a script, so that exits
 and wrong drafts come where a test wants them, and `Paths` goes through every random choice of a sampled call.
@@ -33,11 +34,12 @@ import hf_specdec
 from hf_specdec import SpecBoundConfig, SpeculationConfig
 from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.configuration import ADAPTER_NAME, CONFIG_NAME
-from hf_specdec.generation import acceptance, specbound
-from hf_specdec.generation.draft_model import decoder_layers, place_layer
-from hf_specdec.generation.exit_heads import ExitHeads, ExitReader, load_exit_heads
-from hf_specdec.generation.layerwise import Layerwise, Rows
-from hf_specdec.generation.specbound import SpecBoundStrategy, annealed_confidence
+from hf_specdec.generation import acceptance
+from hf_specdec.generation.methods.specbound import method as specbound
+from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads, ExitReader, load_exit_heads
+from hf_specdec.generation.methods.specbound.method import SpecBoundStrategy, annealed_confidence
+from hf_specdec.generation.models.layerwise import Layerwise, Rows
+from hf_specdec.generation.models.surgery import decoder_layers, place_layer
 from hf_specdec.generation.state import DecodingState
 
 
@@ -728,7 +730,7 @@ def test_exits_shrink_with_alpha_and_tau(warm):
 
 @pytest.mark.parametrize("mode", ["greedy", "sample", "match"])
 def test_the_temperature_touches_the_test_only(warm, mode):
-    """Drafts and their declared law come from the logits as they are, after the caller's processors."""
+    """Drafts and their declared distribution come from the logits as they are, after the caller's processors."""
     logits = torch.randn(families.VOCAB)
     logits[[7, 9]] = torch.tensor([5.0, 4.8])
     seen = []
@@ -745,9 +747,9 @@ def test_the_temperature_touches_the_test_only(warm, mode):
     expected = torch.softmax(changed / 0.8, dim=0)
     for draft in drafted:
         if mode == "sample":
-            torch.testing.assert_close(draft.law[0], expected.expand_as(draft.law[0]))
+            torch.testing.assert_close(draft.distributions[0], expected.expand_as(draft.distributions[0]))
         else:
-            assert draft.law is None
+            assert draft.distributions is None
             assert draft.tokens.unique().tolist() == [9]
     if mode == "sample":
         assert len(torch.cat([draft.tokens for draft in drafted], dim=1).unique()) > 1
@@ -840,8 +842,8 @@ class Paths:
         self.mass *= float(chances[self.done[-1]])
         return self.done[-1]
 
-    def multinomial(self, law, number, **_):
-        return torch.tensor([[self.choose(law[0])]])
+    def multinomial(self, distribution, number, **_):
+        return torch.tensor([[self.choose(distribution[0])]])
 
     def rand(self, *size, **_):
         """Give coins by which the first so many drafts are accepted and the next is not."""
@@ -851,7 +853,7 @@ class Paths:
         coins[0, : self.choose(torch.stack(stay))] = -1.0
         return coins
 
-    def law(self, model, config, length, **kwargs):
+    def distribution(self, model, config, length, **kwargs):
         """Return what a call emits, as a dictionary from tokens to probability, and the last call's statistics."""
         rule = acceptance.acceptance_probability
         found, self.queue, self.stats = {}, [[]], []
@@ -877,39 +879,39 @@ class Paths:
 
 
 def exact(model, length, processors):
-    """Return the law of the model's own text by forwards without a cache."""
+    """Return the distribution of the model's own text by forwards without a cache."""
     chain, found = LogitsProcessorList(processors), {(): 1.0}
     for _ in range(length):
         more = torch.tensor(list(found), dtype=torch.int64).view(len(found), -1)
         text = torch.cat([(SMALL % model.config.vocab_size).expand(len(found), -1), more], dim=1)
         with torch.no_grad():
-            laws = torch.softmax(chain(text, model(text).logits[:, -1].float()).double(), dim=-1).tolist()
+            distributions = torch.softmax(chain(text, model(text).logits[:, -1].float()).double(), dim=-1).tolist()
         found = {
             (*prefix, token): mass * chance
-            for (prefix, mass), law in zip(found.items(), laws, strict=True)
-            for token, chance in enumerate(law)
+            for (prefix, mass), distribution in zip(found.items(), distributions, strict=True)
+            for token, chance in enumerate(distribution)
             if chance
         }
     return found
 
 
 def distance(one, other):
-    """Return the total variation distance of two laws."""
+    """Return the total variation distance of two distributions."""
     return sum(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other}) / 2
 
 
 SAMPLED = {"max_depth": 2, "exit_layers": [1, 2], "tau": 0.5, "alpha": 0.5}
-EXACT = 3e-6  # laws are float32
+EXACT = 3e-6  # distributions are float32
 
 
 @pytest.mark.parametrize("setting", LAWS)
 @pytest.mark.parametrize("mode", ["sample", "match"])
-def test_sampled_sequences_have_the_models_law(mode, setting, monkeypatch):
+def test_sampled_sequences_have_the_models_distribution(mode, setting, monkeypatch):
     kwargs, processors = LAWS[setting]
     paths = Paths(monkeypatch)
     tau = 0.4 if "top_k" in setting else SAMPLED["tau"]  # other texts are met there
     config = SpecBoundConfig(**{**SAMPLED, "tau": tau, "sampling_draft": mode})
-    found = paths.law(sampler(), config, 3, **kwargs)
+    found = paths.distribution(sampler(), config, 3, **kwargs)
     assert sum(found.values()) == pytest.approx(1.0, abs=1e-6)
     assert distance(found, exact(sampler(), 3, processors)) < EXACT
     met_everything(paths)
@@ -925,22 +927,22 @@ def met_everything(paths):
 
 
 @pytest.mark.parametrize("mode", ["sample", "match"])
-def test_longer_sampled_sequences_have_the_models_law(mode, monkeypatch):
+def test_longer_sampled_sequences_have_the_models_distribution(mode, monkeypatch):
     """Two drafts in a round, so that a rejected one may lie between others."""
     model, paths = sampler(3, seed=10), Paths(monkeypatch)
     config = SpecBoundConfig(**{**SAMPLED, "tau": 0.6, "sampling_draft": mode})
-    found = paths.law(model, config, 4, top_k=0)
+    found = paths.distribution(model, config, 4, top_k=0)
     assert distance(found, exact(model, 4, ())) < EXACT
     assert max(len(seen.num_accepted_tokens_per_pos) for seen in paths.stats) == 2
     met_everything(paths)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "block"])
-def test_heads_that_lack_words_sample_by_the_models_law(kind, monkeypatch):
+def test_heads_that_lack_words_sample_by_the_models_distribution(kind, monkeypatch):
     model, paths = sampler(), Paths(monkeypatch)
     heads = random_heads(model, [1, 2], kind, torch.tensor([0, 2, 3]))
     with loaded(heads) as name:
-        found = paths.law(model, SpecBoundConfig(**{**SAMPLED, "tau": 0.45, "adapter": name}), 3, top_k=0)
+        found = paths.distribution(model, SpecBoundConfig(**{**SAMPLED, "tau": 0.45, "adapter": name}), 3, top_k=0)
     assert distance(found, exact(model, 3, ())) < EXACT
     assert sum(seen.num_accepted_tokens for seen in paths.stats) > 0
 
@@ -953,7 +955,7 @@ def loaded(heads, name="nobody/heads"):
         yield name
 
 
-def test_a_test_of_the_sampled_token_has_another_law(monkeypatch):
+def test_a_test_of_the_sampled_token_has_another_distribution(monkeypatch):
     """The forbidden variant: draw first, and exit if the drawn token is likely. The enumeration tells them apart."""
     drawn = []
 
@@ -962,9 +964,9 @@ def test_a_test_of_the_sampled_token_has_another_law(monkeypatch):
         return torch.softmax(logits / temperature, dim=-1)[0, drawn[0]]
 
     monkeypatch.setattr(specbound, "annealed_confidence", own_confidence)
-    monkeypatch.setattr(DecodingState, "choose", lambda self, scores: (drawn[0], self.law(scores)))
+    monkeypatch.setattr(DecodingState, "choose", lambda self, scores: (drawn[0], self.distribution(scores)))
     model = sampler(3, seed=10)
-    found = Paths(monkeypatch).law(model, SpecBoundConfig(**SAMPLED), 3, top_k=0)
+    found = Paths(monkeypatch).distribution(model, SpecBoundConfig(**SAMPLED), 3, top_k=0)
     assert sum(found.values()) == pytest.approx(1.0, abs=1e-6)
     assert distance(found, exact(model, 3, ())) > 0.01
 
@@ -980,10 +982,10 @@ def test_sampling_by_chi_square(mode):
         return_dict_in_generate=True, temperature=0.7, top_k=3,
     )  # fmt: skip
     counts = Counter(map(tuple, out.sequences[:, SMALL.shape[1] :].tolist()))
-    law = exact(model, length, WARPED)
-    assert set(counts) <= set(law)
+    distribution = exact(model, length, WARPED)
+    assert set(counts) <= set(distribution)
     cells, rest = [], [0.0, 0.0]
-    for key, chance in law.items():
+    for key, chance in distribution.items():
         if chance * calls >= 5:
             cells.append((counts[key], chance * calls))
         else:
@@ -994,16 +996,16 @@ def test_sampling_by_chi_square(mode):
 
 
 @pytest.mark.parametrize("refuse", [False, True])
-def test_equal_laws_of_draft_and_model_never_give_nan(refuse, monkeypatch):
+def test_equal_distributions_of_draft_and_model_never_give_nan(refuse, monkeypatch):
     """Deep layers that do nothing: q is p, and what a refusal by rounding would leave has no mass."""
     model = copy.deepcopy(sampler())
     lower_deep_layers(model, share=0.0, first=3)
     draw, seen = torch.multinomial, []
 
-    def noted(law, number, **kwargs):
-        assert law.isfinite().all() and law.sum() > 0.99
-        seen.append(law)
-        return draw(law, number, **kwargs)
+    def noted(distribution, number, **kwargs):
+        assert distribution.isfinite().all() and distribution.sum() > 0.99
+        seen.append(distribution)
+        return draw(distribution, number, **kwargs)
 
     monkeypatch.setattr(torch, "multinomial", noted)
     if refuse:
@@ -1480,7 +1482,7 @@ def test_a_model_that_does_more_after_its_layers_is_refused(llama):
 
 def test_without_heads_a_call_warns_and_runs(llama, adapter, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_specdec.generation.specbound.logger.warning_once", said.append)
+    monkeypatch.setattr("hf_specdec.generation.methods.specbound.method.logger.warning_once", said.append)
     out = ours(llama, "specbound", max_new_tokens=12)
     assert torch.equal(out.sequences, truth()[:, : llama.ids.shape[1] + 12])
     (message,) = said

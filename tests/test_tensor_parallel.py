@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from hf_specdec.cache.sparse import SparseView
-from hf_specdec.generation.registry import presets
-from hf_specdec.generation.spd import SPDConfig
+from hf_specdec.generation.methods.spd.method import SPDConfig
+from hf_specdec.registry import presets
 
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")

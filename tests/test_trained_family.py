@@ -54,7 +54,7 @@ def test_assisted_greedy_text_is_the_targets_and_half_of_the_drafts_are_accepted
         assert lengths == {1, 2, 3, 4, 5}, "every number of accepted drafts is to come up"
 
 
-def test_sampled_drafts_are_accepted_as_often_as_the_laws_overlap(family, prompts):
+def test_sampled_drafts_are_accepted_as_often_as_the_distributions_overlap(family, prompts):
     target, draft = family
     torch.manual_seed(0)
     options = {**prompts, "max_new_tokens": 60, "do_sample": True, "top_k": 0, "pad_token_id": 0}
@@ -62,7 +62,7 @@ def test_sampled_drafts_are_accepted_as_often_as_the_laws_overlap(family, prompt
     stats = target.generate(**options, **one, assistant_model=draft).speculation
     itself = target.generate(**options, **one, assistant_model=target).speculation
     assert 0.4 < stats.acceptance_rate < 1
-    assert itself.acceptance_rate == 1, "a draft with the target's own law is always accepted"
+    assert itself.acceptance_rate == 1, "a draft with the target's own distribution is always accepted"
 
 
 def test_vegas_drafts_of_a_trained_model_are_mostly_accepted(family, prompts):

@@ -13,8 +13,9 @@ from test_trained_family import TINY
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from hf_specdec import AssistedConfig, DiversedConfig, DiversedHead, cli, load_draft
-from hf_specdec.generation.draft_model import cut_draft, save_draft
+from hf_specdec import AssistedConfig, DiversedConfig, DiversedHead, load_draft
+from hf_specdec.commands import main as cli
+from hf_specdec.generation.models.draft_model import cut_draft, save_draft
 from hf_specdec.training.data import Text, exclude, load_texts, save_texts, write_texts
 from hf_specdec.training.distill import batches, frequent_words
 from hf_specdec.training.diversed import (
@@ -32,20 +33,20 @@ from hf_specdec.training.tasks import Sampling, evaluate, interval
 
 
 def rollout_of(p, q, features, tokens, rewards, row):
-    """Return a rollout of tokens `[N]` drawn somewhere from laws `[N, V]`."""
+    """Return a rollout of tokens `[N]` drawn somewhere from distributions `[N, V]`."""
     pick = tokens[:, None]
     tv = (p - q).abs().sum(-1) / 2
     return Rollout(features, p.gather(1, pick)[:, 0], q.gather(1, pick)[:, 0], tv, row, rewards)
 
 
 @pytest.fixture
-def laws():
+def distributions():
     generator = torch.Generator().manual_seed(3)
     return [torch.rand(12, 6, generator=generator, dtype=torch.float64).softmax(-1) ** 2 for _ in range(2)]
 
 
-def test_t_grad_the_closed_form_is_autograd(laws):
-    p, q = [law / law.sum(-1, keepdim=True) for law in laws]
+def test_t_grad_the_closed_form_is_autograd(distributions):
+    p, q = [distribution / distribution.sum(-1, keepdim=True) for distribution in distributions]
     generator = torch.Generator().manual_seed(4)
     tokens, row = torch.randint(0, 6, (12,), generator=generator), torch.arange(12) // 4
     advantage = torch.tensor([0.7, -0.4, 0.1], dtype=torch.float64)
@@ -60,8 +61,8 @@ def test_t_grad_the_closed_form_is_autograd(laws):
     torch.testing.assert_close(logit_gradient(logit.detach(), found, advantage, 0.05), expected, atol=1e-12, rtol=1e-8)
 
 
-def test_t_reg_the_regulariser_alone_raises_acceptance(laws):
-    p, q = [law / law.sum(-1, keepdim=True) for law in laws]
+def test_t_reg_the_regulariser_alone_raises_acceptance(distributions):
+    p, q = [distribution / distribution.sum(-1, keepdim=True) for distribution in distributions]
     head = DiversedHead(1, 1)
     optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
     found = rollout_of(p.float(), q.float(), torch.randn(12, 2), torch.zeros(12, dtype=torch.long), torch.zeros(3),
@@ -119,7 +120,7 @@ def pair():
     return target, perturbed(target, noise=0.3)
 
 
-def test_t_pad_a_replay_of_one_answer_is_that_of_a_batch_and_its_laws_are_the_models(pair):
+def test_t_pad_a_replay_of_one_answer_is_that_of_a_batch_and_its_distributions_are_the_models(pair):
     target, draft = pair
     head = DiversedHead(target.config.hidden_size, target.config.hidden_size, input_norm="rms")
     prompts, written = [[3, 4, 5], [6, 8, 9, 10, 11], [12, 3]], [[5, 6, 7], [9, 7], [4, 4, 4, 4, 4, 7]]
@@ -134,17 +135,19 @@ def test_t_pad_a_replay_of_one_answer_is_that_of_a_batch_and_its_laws_are_the_mo
                 getattr(alone, name), getattr(whole, name)[whole.row == i], atol=1e-3, rtol=1e-3
             )
     ids = torch.tensor([prompts[1] + written[1]])
-    laws = []
+    distributions = []
     for model in (target, draft):
         with torch.no_grad():
             logits = model(ids).logits[0, 4:6] / 0.7
         logits[logits < logits.topk(5).values[:, -1:]] = -math.inf
-        laws.append(logits.softmax(-1))
-    picked = [law.gather(1, torch.tensor(written[1])[:, None])[:, 0] for law in laws]
+        distributions.append(logits.softmax(-1))
+    picked = [distribution.gather(1, torch.tensor(written[1])[:, None])[:, 0] for distribution in distributions]
     mine = whole.row == 1
     torch.testing.assert_close(whole.p[mine], picked[0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(whole.q[mine], picked[1], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(whole.tv[mine], (laws[0] - laws[1]).abs().sum(-1) / 2, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        whole.tv[mine], (distributions[0] - distributions[1]).abs().sum(-1) / 2, atol=1e-5, rtol=1e-4
+    )
 
 
 def weights_hash(model):

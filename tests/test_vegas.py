@@ -22,14 +22,14 @@ from transformers import (
 
 from hf_specdec import VegasConfig
 from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
-from hf_specdec.bench.texts import long_batch
 from hf_specdec.cache.sparse import SparseView
+from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.generation.state import DecodingState
 from hf_specdec.generation.strategy import SpeculationStrategy
-from hf_specdec.generation.vegas import VegasDrafter
 from hf_specdec.kernels import explicit
 from hf_specdec.kernels.step import Step
+from hf_specdec.texts import long_batch
 
 
 CPU = torch.device("cpu")

@@ -1,8 +1,9 @@
 """VIA-SD: calls against a cache-free reference of the method, forwards as they are run, masks, files and training.
 
-`Reference` decodes without any cache: it knows the drafter's, the slim verifier's and the model's law after every
-prefix, the slim one built here by replacing modules of a copy. `Reference.lossy` gives the law of a whole lossy call,
-with the tier of every token; greedy laws are points, so the same function says what a greedy call must return.
+`Reference` decodes without any cache: it knows the drafter's, the slim verifier's and the model's distribution after
+every prefix, the slim one built here by replacing modules of a copy. `Reference.lossy` gives the distribution of a
+whole lossy call, with the tier of every token; greedy distributions are points, so the same function says what a
+greedy call must return.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from transformers.generation.streamers import BaseStreamer
 import hf_specdec
 from hf_specdec import SpeculationConfig, VegasConfig, ViaSDConfig, ViaSDQualityError, on_speculation
 from hf_specdec.generation import acceptance
-from hf_specdec.generation.draft_model import decoder_layers
+from hf_specdec.generation.methods.via_sd import laws
+from hf_specdec.generation.methods.via_sd.slim_model import Units, load_slim, mask_hash, save_slim, slim_model
+from hf_specdec.generation.methods.via_sd.tiers import Tiers
+from hf_specdec.generation.models.surgery import decoder_layers
 from hf_specdec.generation.runner import ModelRunner
-from hf_specdec.generation.slim import Units, load_slim, mask_hash, save_slim, slim_model
-from hf_specdec.generation.tiers import Tiers
 from hf_specdec.training.data import Text
 from hf_specdec.training.routing import MaskSearch, search_mask
 from hf_specdec.training.scoring import SlimScorer, costs, margin_cost
@@ -87,7 +89,7 @@ def lossy(**changes):
 
 
 def lossless(**changes):
-    """Return settings of the lossless mode whose stages do not end at once on flat laws."""
+    """Return settings of the lossless mode whose stages do not end at once on flat distributions."""
     changes = {"num_assistant_tokens": 3, "keep_mask": kept(), "stage_stop_conf": 0.0, "stage_len": 5, **changes}
     if changes.get("lossless_rule") == "gate":
         changes = {"tau_accept": 0.7, "tau_escalate": 0.2, "regen_min_conf": 0.0, **changes}
@@ -162,14 +164,14 @@ def point(logits):
 
 
 class Reference:
-    """The three laws after any prefix.
+    """The three distributions after any prefix.
 
     Args:
         pair: target and drafter.
         prompt (`torch.Tensor` of shape `[1, t]`).
         skip: units that the slim verifier lacks.
         shared: whether it reads the target's states of what the target has read.
-        processors: applied to all laws. Laws are points unless `sample`.
+        processors: applied to all distributions. Distributions are points unless `sample`.
     """
 
     def __init__(self, pair, prompt, skip=SKIP, granularity="layer", shared=True, processors=(), sample=False):
@@ -181,7 +183,7 @@ class Reference:
     def text(self, new):
         return torch.cat([self.prompt, torch.tensor([new], dtype=torch.int64).view(1, -1)], dim=1)
 
-    def law(self, text, logits):
+    def distribution(self, text, logits):
         scores = self.chain(text, logits[None].float() if len(self.chain) or self.sample else logits[None])[0]
         return torch.softmax(scores.double(), dim=-1) if self.sample else point(scores)
 
@@ -193,20 +195,20 @@ class Reference:
 
     def q(self, new):
         text = self.text(new)
-        return self._remembered(("q", new), lambda: self.law(text, self.target(text).logits[0, -1]))
+        return self._remembered(("q", new), lambda: self.distribution(text, self.target(text).logits[0, -1]))
 
     def p(self, new):
         text = self.text(new)
-        return self._remembered(("p", new), lambda: self.law(text, self.draft(text).logits[0, -1]))
+        return self._remembered(("p", new), lambda: self.distribution(text, self.draft(text).logits[0, -1]))
 
     def s(self, new, full):
-        """Return law, raw probabilities and which words the processors allow."""
+        """Return distribution, raw probabilities and which words the processors allow."""
         text, full = self.text(new), full if self.shared else 0
 
         def build():
             logits = slim_logits(self.target, self.slim, text, full)[0, -1]
             scores = self.chain(text, logits[None].float())[0]
-            return self.law(text, logits), torch.softmax(logits.double(), dim=-1), scores > -torch.inf
+            return self.distribution(text, logits), torch.softmax(logits.double(), dim=-1), scores > -torch.inf
 
         return self._remembered(("s", new, full), build)
 
@@ -238,10 +240,10 @@ class Reference:
             else:
                 then(out, letters, mass)
 
-        def each(law, visit):
-            for token in law.nonzero()[:, 0].tolist():
-                if float(law[token]) > 1e-13:
-                    visit(token, float(law[token]))
+        def each(distribution, visit):
+            for token in distribution.nonzero()[:, 0].tolist():
+                if float(distribution[token]) > 1e-13:
+                    visit(token, float(distribution[token]))
 
         def after_target(number):
             return lambda out, letters, mass: a_round(out, letters, mass, start + len(out) - 1, number + 1)
@@ -278,7 +280,7 @@ class Reference:
                 by_tiers(out, letters, mass, room, full, number, room)
 
         def by_tiers(out, letters, mass, left, full, number, room):
-            law, raw, _ = self.s(out, full)
+            distribution, raw, _ = self.s(out, full)
 
             def on(out, letters, mass):
                 by_tiers(out, letters, mass, left - 1, full, number, room)
@@ -292,7 +294,7 @@ class Reference:
                 if config.eos_guard and best in eos:
                     need = max(need, config.regen_min_conf)
                 if sure >= need:
-                    each(law, lambda token, c: emit(out, letters, token, "S", mass * c, end))
+                    each(distribution, lambda token, c: emit(out, letters, token, "S", mass * c, end))
                 elif room:
                     end(out, letters, mass)
                 else:  # nothing was drafted, and the slim verifier writes nothing
@@ -306,7 +308,10 @@ class Reference:
                 if tier == "A":
                     emit(out, letters, token, "A", mass * chance, on)
                 elif tier == "B":
-                    each(law, lambda y, c: emit(out, letters, y, "B", mass * chance * c, on if y == token else end))
+                    each(
+                        distribution,
+                        lambda y, c: emit(out, letters, y, "B", mass * chance * c, on if y == token else end),
+                    )
                 else:
                     q = self.q(out) if q is None else q
                     stay = min(1.0, float(q[token]) / chance)
@@ -390,7 +395,7 @@ def test_greedy_tiers_without_halves_of_layers(pair, prompt, cache, skip):
     check_greedy(pair, prompt, config, reference=reference)
 
 
-# the law of sampled calls: tiny vocabulary, exact law of every (tokens, tiers) from the reference
+# the distribution of sampled calls: tiny vocabulary, exact distribution of every (tokens, tiers) from the reference
 
 
 VOCAB, LENGTH, PER_CALL, CALLS = 4, 4, 250, 8
@@ -422,12 +427,12 @@ def sampled(tiny, config, calls=CALLS, **kwargs):
     return found
 
 
-def p_value(found, law):
+def p_value(found, distribution):
     """Return the chi-square test's p-value; outcomes expected fewer than ten times are pooled."""
-    assert sum(law.values()) == pytest.approx(1, abs=1e-9)
-    assert not set(found) - set(law), "an outcome of probability 0"
+    assert sum(distribution.values()) == pytest.approx(1, abs=1e-9)
+    assert not set(found) - set(distribution), "an outcome of probability 0"
     total = sum(found.values())
-    cells = [(found[key], chance * total) for key, chance in law.items() if chance * total >= 10]
+    cells = [(found[key], chance * total) for key, chance in distribution.items() if chance * total >= 10]
     rest = total - sum(count for count, _ in cells), total - sum(expected for _, expected in cells)
     cells += [rest] if rest[1] > 5 else []
     observed, expected = zip(*cells, strict=True)
@@ -435,17 +440,19 @@ def p_value(found, law):
     return stats.chisquare(observed, expected, sum_check=False).pvalue
 
 
-def own(law):
-    """Return the law of the model itself for a reference's table of it."""
+def own(distribution):
+    """Return the distribution of the model itself for a reference's table of it."""
     found = {(): 1.0}
     for _ in range(LENGTH):
         found = {
-            (*new, token): mass * float(chance) for new, mass in found.items() for token, chance in enumerate(law(new))
+            (*new, token): mass * float(chance)
+            for new, mass in found.items()
+            for token, chance in enumerate(distribution(new))
         }
     return {(key, ""): mass for key, mass in found.items()}
 
 
-# settings under which all tiers come up for flat laws of four words
+# settings under which all tiers come up for flat distributions of four words
 FLAT = {**OFF, "tau_accept": 0.8, "tau_escalate": 0.4, "num_assistant_tokens": 2, "keep_mask": kept((2, 3), 5)}
 SAMPLED = {
     "tiers": {"bonus_min_conf": 0.4},
@@ -456,49 +463,49 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-def test_sampled_tokens_and_tiers_follow_the_law(tiny, name):
+def test_sampled_tokens_and_tiers_follow_the_distribution(tiny, name):
     config = lossy(**{**FLAT, **SAMPLED[name]}, slim_cache="own")
-    law = Reference(*tiny, skip=(2, 3), shared=False, sample=True).lossy(config, LENGTH)
+    distribution = Reference(*tiny, skip=(2, 3), shared=False, sample=True).lossy(config, LENGTH)
     shares = Counter()
-    for (_, letters), mass in law.items():
+    for (_, letters), mass in distribution.items():
         shares.update({letter: mass * count for letter, count in Counter(letters).items()})
     assert all(shares[letter] > 0.05 for letter in "ABC")
     torch.manual_seed(5)
-    assert p_value(sampled(tiny, config), law) > ALARM
+    assert p_value(sampled(tiny, config), distribution) > ALARM
 
 
 def test_sampled_tiers_with_warpers(tiny):
     config = lossy(**{**FLAT, **SAMPLED["tiers"]}, slim_cache="own")
     chain = (TemperatureLogitsWarper(0.7), TopKLogitsWarper(3))
-    law = Reference(*tiny, skip=(2, 3), shared=False, sample=True, processors=chain).lossy(config, LENGTH)
+    distribution = Reference(*tiny, skip=(2, 3), shared=False, sample=True, processors=chain).lossy(config, LENGTH)
     torch.manual_seed(6)
-    assert p_value(sampled(tiny, config, temperature=0.7, top_k=3), law) > ALARM
+    assert p_value(sampled(tiny, config, temperature=0.7, top_k=3), distribution) > ALARM
 
 
 @pytest.mark.parametrize("mutant", ["gate", "residual"])
-def test_a_wrong_law_of_tiers_is_found(tiny, mutant, monkeypatch):
+def test_a_wrong_distribution_of_tiers_is_found(tiny, mutant, monkeypatch):
     config = lossy(**{**FLAT, **SAMPLED["tiers"]}, slim_cache="own")
-    law = Reference(*tiny, skip=(2, 3), shared=False, sample=True).lossy(config, LENGTH)
+    distribution = Reference(*tiny, skip=(2, 3), shared=False, sample=True).lossy(config, LENGTH)
     if mutant == "gate":
-        original = acceptance.tiers
+        original = laws.tiers
         monkeypatch.setattr(
             acceptance, "tiers", lambda r, m, t, *a, **k: original(r, m, (0.9 * t[0], 0.9 * t[1]), *a, **k)
         )
     else:
-        monkeypatch.setattr(acceptance, "residual_law", lambda target, draft: target)
+        monkeypatch.setattr(acceptance, "residual_distribution", lambda target, draft: target)
     torch.manual_seed(5)
     found = sampled(tiny, config)
-    assert set(found) - set(law) or p_value(found, law) < ALARM
+    assert set(found) - set(distribution) or p_value(found, distribution) < ALARM
 
 
-def test_the_coupled_law_is_that_of_tiers_a_and_b(tiny):
-    """Rounds end elsewhere, tokens have one law: drafts in T, and draws of the slim verifier for all others."""
+def test_the_coupled_distribution_is_that_of_tiers_a_and_b(tiny):
+    """Rounds end elsewhere, tokens have one distribution: drafts in T, the slim verifier's draws for all others."""
     settings = {**FLAT, "tau_escalate": 0.0, "bonus_min_conf": 1.01, "slim_cache": "own", "num_assistant_tokens": 1}
-    law = {}
+    distribution = {}
     for (tokens, _), mass in (
         Reference(*tiny, skip=(2, 3), shared=False, sample=True).lossy(lossy(**settings), LENGTH).items()
     ):
-        law[tokens, ""] = law.get((tokens, ""), 0.0) + mass
+        distribution[tokens, ""] = distribution.get((tokens, ""), 0.0) + mass
     stayed = []
     for coupled in (True, False):
         config = lossy(**settings, coupled=coupled)
@@ -512,15 +519,15 @@ def test_the_coupled_law_is_that_of_tiers_a_and_b(tiny):
             found.update((tuple(row), "") for row in out.sequences[:, tiny[1].shape[1] :].tolist())
             accepted += out.speculation.num_accepted_tokens
             drafted += out.speculation.num_draft_tokens
-        assert p_value(found, law) > ALARM
+        assert p_value(found, distribution) > ALARM
         stayed.append(accepted / drafted)
     assert stayed[0] > stayed[1] + 0.02, "coupling keeps more drafts"
 
 
-# the laws by themselves
+# the distributions by themselves
 
 
-def random_laws(seed, vocab=8, rows=50):
+def random_distributions(seed, vocab=8, rows=50):
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(rows, vocab, generator=generator, dtype=torch.float64).pow(3).mul(4).softmax(-1) for _ in "psq"]
 
@@ -536,38 +543,38 @@ def tiers_of(s, accept, escalate, regen=0.0):
 @pytest.mark.parametrize(
     "accept, escalate, regen", [(0.7, 0.5, 0.0), (0.9, 0.1, 0.2), (0.5, 0.0, 0.0), (1.0, 1.0, 0.0)]
 )
-def test_tiers_and_laws_by_enumeration(accept, escalate, regen):
-    p, s, q = random_laws(3)
+def test_tiers_and_distributions_by_enumeration(accept, escalate, regen):
+    p, s, q = random_distributions(3)
     tier = tiers_of(s, accept, escalate, regen)
-    log_ratio, confidence = acceptance.slim_ratio(s.log() + 3.0)
-    found = acceptance.tiers(log_ratio, confidence[:, None], (accept, escalate), regen)
+    log_ratio, confidence = laws.slim_ratio(s.log() + 3.0)
+    found = laws.tiers(log_ratio, confidence[:, None], (accept, escalate), regen)
     assert torch.equal(found, tier)
     torch.testing.assert_close(confidence.double(), s.max(-1).values, rtol=1e-6, atol=0)
     lossy, gate = torch.zeros_like(p), torch.zeros_like(p)
     for row, word in itertools.product(range(len(p)), range(p.shape[1])):
-        mass, law = float(p[row, word]), torch.zeros(p.shape[1], dtype=torch.float64)
+        mass, distribution = float(p[row, word]), torch.zeros(p.shape[1], dtype=torch.float64)
         if tier[row, word] == 1:
-            law += s[row]
+            distribution += s[row]
             gate[row] += mass * s[row]
         else:
             gate[row, word] += mass
         if tier[row, word] == 0:
-            law[word] += 1
+            distribution[word] += 1
         if tier[row, word] == 2:
             stay = min(1.0, float(q[row, word]) / mass)
             rest = (q[row] - p[row]).clamp(min=0)
-            law[word] += stay
-            law += (1 - stay) * rest / rest.sum()
-        lossy[row] += mass * law
-    torch.testing.assert_close(acceptance.tiered_law(p, s, q, tier), lossy, rtol=0, atol=1e-12)
-    torch.testing.assert_close(acceptance.gate_law(p, s, tier), gate, rtol=0, atol=1e-12)
-    assert torch.equal(acceptance.prefilter_law(p, tier), torch.where(tier == 0, p, 0))
+            distribution[word] += stay
+            distribution += (1 - stay) * rest / rest.sum()
+        lossy[row] += mass * distribution
+    torch.testing.assert_close(laws.tiered_distribution(p, s, q, tier), lossy, rtol=0, atol=1e-12)
+    torch.testing.assert_close(laws.gate_distribution(p, s, tier), gate, rtol=0, atol=1e-12)
+    assert torch.equal(laws.prefilter_distribution(p, tier), torch.where(tier == 0, p, 0))
     if not escalate:
-        torch.testing.assert_close(acceptance.coupled_law(p, s, tier), lossy, rtol=0, atol=1e-12)
-        # speculative sampling against it keeps at least the drafts of tier A, and emits this law
-        both = acceptance.coupled_law(p, s, tier)
+        torch.testing.assert_close(laws.coupled_distribution(p, s, tier), lossy, rtol=0, atol=1e-12)
+        # speculative sampling against it keeps at least the drafts of tier A, and emits this distribution
+        both = laws.coupled_distribution(p, s, tier)
         keep = torch.minimum(p, both)
-        out = keep + (1 - keep.sum(-1, keepdim=True)) * acceptance.residual_law(both, p)
+        out = keep + (1 - keep.sum(-1, keepdim=True)) * acceptance.residual_distribution(both, p)
         torch.testing.assert_close(out, lossy, rtol=0, atol=1e-12)
         assert bool((keep[tier == 0] >= p[tier == 0] - 1e-12).all())
         assert float(keep.sum()) > float(p[tier == 0].sum()) + 1
@@ -575,9 +582,9 @@ def test_tiers_and_laws_by_enumeration(accept, escalate, regen):
 
 def test_extreme_logits_have_a_ratio():
     """No softmax, so nothing underflows: a word 200 nats below the best one has log r = -200."""
-    log_ratio, confidence = acceptance.slim_ratio(torch.tensor([[300.0, 100.0, -torch.inf]], dtype=torch.float64))
+    log_ratio, confidence = laws.slim_ratio(torch.tensor([[300.0, 100.0, -torch.inf]], dtype=torch.float64))
     assert log_ratio.tolist() == [[0.0, -200.0, -math.inf]] and confidence.item() == 1.0
-    found = acceptance.tiers(log_ratio, confidence[:, None], (math.exp(-150), math.exp(-250)))
+    found = laws.tiers(log_ratio, confidence[:, None], (math.exp(-150), math.exp(-250)))
     assert found.tolist() == [[0, 1, 2]]
 
 
@@ -626,7 +633,7 @@ def test_greedy_lossless_under_processors_that_read_the_prefix(pair, rule, cache
 
 
 @pytest.fixture(scope="module")
-def target_law(tiny):
+def target_distribution(tiny):
     return own(Reference(*tiny, skip=(2, 3), sample=True).q)
 
 
@@ -646,29 +653,29 @@ LAW_OF = {
 
 
 @pytest.mark.parametrize("name", LAW_OF)
-def test_sampled_lossless_text_follows_the_models_law(tiny, target_law, name):
+def test_sampled_lossless_text_follows_the_models_distribution(tiny, target_distribution, name):
     torch.manual_seed(11)
     found = sampled(tiny, lossless(**{**FLAT_RULE, **LAW_OF[name]}), calls=8)
-    assert p_value(found, target_law) > ALARM
+    assert p_value(found, target_distribution) > ALARM
 
 
-def test_sampled_lossless_text_under_point_drafts(tiny, target_law):
+def test_sampled_lossless_text_under_point_drafts(tiny, target_distribution):
     torch.manual_seed(11)
     config = lossless(**FLAT_RULE, lossless_rule="gate", regen_min_conf=0.0, drafter="prompt_lookup")
-    assert p_value(sampled(tiny, config, calls=8), target_law) > ALARM
+    assert p_value(sampled(tiny, config, calls=8), target_distribution) > ALARM
 
 
 MUTANTS = {
-    "gate: P instead of u": ("gate", "gate_law", lambda draft, slim, tier: draft),
-    "gate: S instead of u": ("gate", "gate_law", lambda draft, slim, tier: slim),
-    "gate: tier B not counted": ("gate", "gate_law", lambda draft, slim, tier: draft * (tier != 1)),
-    "prefilter: P instead of u": ("prefilter", "prefilter_law", lambda draft, tier: draft),
-    "prefilter: dropped, then drawn from Q": ("prefilter", "prefilter_law", None),
+    "gate: P instead of u": ("gate", "gate_distribution", lambda draft, slim, tier: draft),
+    "gate: S instead of u": ("gate", "gate_distribution", lambda draft, slim, tier: slim),
+    "gate: tier B not counted": ("gate", "gate_distribution", lambda draft, slim, tier: draft * (tier != 1)),
+    "prefilter: P instead of u": ("prefilter", "prefilter_distribution", lambda draft, tier: draft),
+    "prefilter: dropped, then drawn from Q": ("prefilter", "prefilter_distribution", None),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_proposal_law_is_found(tiny, target_law, name, monkeypatch):
+def test_a_wrong_proposal_distribution_is_found(tiny, target_distribution, name, monkeypatch):
     rule, function, mutant = MUTANTS[name]
     sharp = {"tau_accept": 1.0 if rule == "gate" else 0.5, "tau_escalate": 0.0}
     if mutant is None:
@@ -676,8 +683,8 @@ def test_a_wrong_proposal_law_is_found(tiny, target_law, name, monkeypatch):
 
         def from_target(drafts, counts, accepted, target, draft):
             verdict = original(drafts, counts, accepted, target, draft)
-            law = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[-1]))[:, 0]
-            plain = acceptance._assemble(drafts, accepted, torch.multinomial(law, 1)[:, 0])
+            distribution = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[-1]))[:, 0]
+            plain = acceptance._assemble(drafts, accepted, torch.multinomial(distribution, 1)[:, 0])
             tokens = torch.where((accepted < counts)[:, None], verdict.tokens, plain.tokens)
             return acceptance.Verdict(accepted, tokens)
 
@@ -687,7 +694,7 @@ def test_a_wrong_proposal_law_is_found(tiny, target_law, name, monkeypatch):
     torch.manual_seed(11)
     config = lossless(**{**FLAT_RULE, **sharp}, lossless_rule=rule, regen_min_conf=0.0)
     found = sampled(tiny, config, calls=10)
-    assert p_value(found, target_law) < ALARM
+    assert p_value(found, target_distribution) < ALARM
 
 
 # what is run: forwards, their widths, the cache
@@ -999,8 +1006,8 @@ def test_the_level_is_the_share_of_tiered_rounds(pair, prompt, share):
 )
 def test_gate_does_not_move_with_the_temperature(pair, prompt, config, monkeypatch):
     seen = []
-    original = acceptance.tiers
-    monkeypatch.setattr(torch, "multinomial", lambda law, number, **_: law.argmax(-1, keepdim=True))
+    original = laws.tiers
+    monkeypatch.setattr(torch, "multinomial", lambda distribution, number, **_: distribution.argmax(-1, keepdim=True))
 
     def noted(log_ratio, confidence, *args, **kwargs):
         seen.append((original(log_ratio, confidence, *args, **kwargs).tolist(), confidence.tolist()))
@@ -1139,8 +1146,8 @@ def audited(pair, prompt, config, new, found, sample=False):
         if letters[place] not in "ABS":
             continue
         before, token = tuple(new[:place]), new[place]
-        law = reference.p(before) if letters[place] == "A" else reference.s(before, 0)[0]
-        rows.append((int(q[place].argmax()) == token, float(q[place, token]), float(law[token])))
+        distribution = reference.p(before) if letters[place] == "A" else reference.s(before, 0)[0]
+        rows.append((int(q[place].argmax()) == token, float(q[place, token]), float(distribution[token])))
     over = sorted(share - chance for _, chance, share in rows)
     return {
         "audited": len(rows),
@@ -1400,7 +1407,7 @@ def test_the_thresholds_of_the_paper(pair, prompt, caplog):
 
 
 def test_the_presets_are_the_specified_ones():
-    from hf_specdec.generation.registry import preset
+    from hf_specdec.registry import preset
 
     paper = preset("via_sd:paper")
     assert paper.mode == "lossy" and paper.thresholds == pytest.approx((0.7, 0.5)) and paper.lossy_level == 1.0
@@ -1671,7 +1678,7 @@ def words(*rows):
 def test_the_margin_cost_by_its_definition():
     q = words([0.5, 0.3, 0.2])
     assert float(margin_cost(q, q)) == 0.0
-    # mild mismatch costs nothing, though the laws differ
+    # mild mismatch costs nothing, though the distributions differ
     tempered = q.pow(0.8) / q.pow(0.8).sum()
     assert float(margin_cost(q, tempered)) == 0.0 and float((q - tempered).abs().sum()) > 0.04
     moved = words([0.05, 0.25, 0.7])  # 3.5 times q on the last word
@@ -1832,7 +1839,7 @@ def masked(learner, tmp_path_factory):
 @pytest.mark.parametrize(
     "weights", [{}, {"kl_weight": 0.0, "tv_weight": 1.0}, {"tv_weight": 0.0, "margin_weight": 0.5}]
 )
-def test_a_lora_learns_the_models_law_and_leaves_it_alone(learner, masked, tmp_path, weights):
+def test_a_lora_learns_the_models_distribution_and_leaves_it_alone(learner, masked, tmp_path, weights):
     model, texts = learner
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = []

@@ -19,8 +19,8 @@ from hf_specdec.bench.plan_via_sd import (
     measure_rates,
     read_parameters,
 )
-from hf_specdec.cli import main
-from hf_specdec.generation.slim import Slim, Units
+from hf_specdec.commands.main import main
+from hf_specdec.generation.methods.via_sd.slim_model import Slim, Units
 from hf_specdec.training.data import Text, save_texts
 from hf_specdec.training.scoring import SlimScorer
 

@@ -43,7 +43,6 @@ class SharedNgramsConfig(SpeculationConfig):
 class SharedNgramsDrafter(Drafter):
     """Drafts by counts over the text of all rows."""
 
-    law = "point"
     limit: int
 
     def __init__(self, config: SharedNgramsConfig) -> None:

@@ -18,8 +18,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_specdec  # noqa: F401  adds assistant_strategy= to generate()
-from hf_specdec import cli
-from hf_specdec.bench.texts import chat_ids, load_prompts
+from hf_specdec.commands import main as cli
+from hf_specdec.texts import chat_ids, load_prompts
 
 
 Out = Annotated[Path, typer.Argument(help="Folder for prompts, text and the trained adapter.")]

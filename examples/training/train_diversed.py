@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import recipe
 import typer
 
-from hf_specdec.console import load_assistant
+from hf_specdec.generation.models.draft_model import load_assistant
 
 
 MAKE_TASKS = Path(__file__).parent.parent / "diversed" / "make_tasks.py"

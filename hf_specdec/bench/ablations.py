@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from ..generation.draft_model import decoder_layers
-from ..generation.exit_heads import load_exit_heads
-from ..generation.specbound import SpecBoundConfig
-from ..hub import resolve_strategy
+from ..generation.methods.specbound.exit_heads import load_exit_heads
+from ..generation.methods.specbound.method import SpecBoundConfig
+from ..generation.models.surgery import decoder_layers
+from ..resolve import resolve_strategy
 from .run import Arm, make_arm
 
 

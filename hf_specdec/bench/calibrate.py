@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..generation.vegas import VegasConfig
+from ..generation.methods.vegas import VegasConfig
 from .run import Arm, Measurement, measure
 
 

@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..generation import admission
-from ..generation.draft_model import decoder_layers
-from ..generation.exit_heads import ExitHeads, ExitReader, before_each, load_exit_heads
-from ..generation.layerwise import Layerwise, Rows, watched
+from ..generation.methods.specbound.exit_heads import ExitHeads, ExitReader, before_each, load_exit_heads
+from ..generation.methods.specbound.method import SpecBoundConfig, annealed_confidence
+from ..generation.models.layerwise import Layerwise, Rows, watched
+from ..generation.models.surgery import decoder_layers
 from ..generation.runner import ModelRunner
-from ..generation.specbound import SpecBoundConfig, annealed_confidence
 from ..kernels.dispatch import register, speculative_attention
 from .run import Arm, measure
 

@@ -23,12 +23,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from hf_specdec.generation.methods.via_sd import laws
+
 from ..cache.speculative import SpeculativeCache
-from ..generation import acceptance, admission
-from ..generation.draft_model import decoder_layers
+from ..generation import admission
+from ..generation.methods.via_sd.slim_model import Slim, Units, slim_model
+from ..generation.models.surgery import decoder_layers
+from ..generation.models.vocabulary import pad_vocabulary
 from ..generation.runner import ModelRunner
-from ..generation.slim import Slim, Units, slim_model
-from ..generation.vocabulary import pad_vocabulary
 from ..kernels.dispatch import register, speculative_attention
 from ..training.scoring import SlimScorer, margin_cost
 
@@ -238,7 +240,7 @@ def measure_rates(
         drafts = assistant(input_ids=ids, use_cache=False).logits[0, text.prompt_length - 1 :].float()
         drafts = pad_vocabulary(drafts, theirs.shape[-1])
         p, s, q = (logits.softmax(-1) for logits in (drafts, mine, theirs))
-        tier = acceptance.tiers(*_gate(mine), thresholds, regen_min_conf)
+        tier = laws.tiers(*_gate(mine), thresholds, regen_min_conf)
         if sampling:
             shares = [torch.minimum(x, y).sum() for x, y in ((p, q), (p, s), (s, q))]
             shares += [(p * (tier == kind)).sum() for kind in range(3)]
@@ -255,7 +257,7 @@ def measure_rates(
 
 
 def _gate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    ratio, confidence = acceptance.slim_ratio(logits)
+    ratio, confidence = laws.slim_ratio(logits)
     return ratio, confidence[:, None]
 
 

@@ -15,10 +15,10 @@ import transformers
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .. import __version__
-from ..generation.registry import strategy_class
+from .._version import __version__
 from ..generation.stats import SpeculationStats, on_speculation
-from ..hub import resolve_strategy
+from ..registry import strategy_class
+from ..resolve import resolve_strategy
 
 
 STOCK = ("default", "static")

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ..configuration import SpeculationConfig
-from ..generation.registry import STRATEGIES
+from ..registry import STRATEGIES
 from .cases import RECENTS, SIZES, TINY_SIZES, Case
 from .run import Arm, Measurement, make_arm, measure
 

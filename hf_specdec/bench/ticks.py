@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from ..generation.spd import SPDConfig
+from ..generation.methods.spd.method import SPDConfig
 from ..generation.stats import SpeculationStats, on_speculation
 
 

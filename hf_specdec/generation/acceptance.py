@@ -1,19 +1,19 @@
 """Acceptance rules: which draft tokens stay, and what follows them. Pure functions of tensors.
 
-Notation, per row: `p_i` the target's law at draft position i (i = 0 .. k, the last is the bonus position), `q_i` the
-law that draft token `x_i` was really drawn from, `w_i` a weight on the target. Laws are float32 `[n, k or k + 1, V]`.
+Notation, per row: `p_i` the target's distribution at draft position i (i = 0 .. k, the last is the bonus position),
+`q_i` the distribution that draft token `x_i` was really drawn from, `w_i` a weight on the target. Distributions are
+float32 `[n, k or k + 1, V]`.
 
 One rule covers every method here. Token `x_i` is accepted with the probability
 `min(1, 1 - w_i + w_i p_i(x_i) / q_i(x_i))`; the first refusal is replaced by a draw from
 `normalise(max(0, p_i - q_i))`; after the last accepted draft a token follows `p`. `w = 1` is speculative sampling
 (Leviathan et al., arXiv 2211.17192), `0 <= w < 1` the ensemble of DIVERSED, and a `q` whose mass is below 1 a proposal
 that may also propose nothing (VIA-SD): then the token after the last draft comes from the residual of that position's
-`q` as well. A draft without a law is a point mass.
+`q` as well. A draft without a distribution is a point mass.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -82,7 +82,7 @@ def acceptance_probability(
     return ratio.clamp(max=1.0)
 
 
-def residual_law(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
+def residual_distribution(target: torch.Tensor, draft: torch.Tensor) -> torch.Tensor:
     """Return `normalise(max(0, target - draft))`, or `target` where that has no mass (the two agree up to rounding).
 
     Both are `[n, V]`, float32. The weight of a mixture drops out of its residual, so it is not needed here.
@@ -123,10 +123,10 @@ def draw_next(
             of `speculative_sample`.
     """
     columns = drafts.shape[1]
-    law = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[-1]))[:, 0]
+    distribution = target.gather(1, accepted[:, None, None].expand(-1, 1, target.shape[-1]))[:, 0]
     refused = accepted < counts
     if draft is None:
-        proposal = torch.zeros_like(law)
+        proposal = torch.zeros_like(distribution)
         if columns:
             proposal.scatter_(1, drafts.gather(1, accepted.clamp(max=columns - 1)[:, None]), 1.0)
         use = refused
@@ -135,9 +135,9 @@ def draw_next(
         proposal = draft.gather(1, index[:, None, None].expand(-1, 1, draft.shape[-1]))[:, 0]
         use = refused if draft.shape[1] == columns else torch.ones_like(refused)
     else:
-        proposal, use = torch.zeros_like(law), refused
-    law = torch.where(use[:, None], residual_law(law, proposal), law)
-    return _assemble(drafts, accepted, torch.multinomial(law, 1)[:, 0])
+        proposal, use = torch.zeros_like(distribution), refused
+    distribution = torch.where(use[:, None], residual_distribution(distribution, proposal), distribution)
+    return _assemble(drafts, accepted, torch.multinomial(distribution, 1)[:, 0])
 
 
 def speculative_sample(
@@ -154,91 +154,11 @@ def speculative_sample(
         counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
         target (`torch.Tensor` of shape `[n, k + 1, V]`, float32): `p`.
         draft (`torch.Tensor` of shape `[n, k, V]` or `[n, k + 1, V]`, float32, *optional*): `q`. With `k + 1`
-            positions the one after a row's last draft holds the sub-probability law of a proposal that proposed
-            nothing there.
+            positions the one after a row's last draft holds the sub-probability distribution of a proposal that
+            proposed nothing there.
         weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
     """
     return draw_next(drafts, counts, accept_drafts(drafts, counts, target, draft, weight), target, draft)
 
 
-# VIA-SD: tiers of a slim verifier, and the laws that they give
-
-ACCEPT, REGENERATE, ESCALATE = 0, 1, 2
-"""The paper's tiers A, B and C."""
-
-
-def slim_ratio(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `log r` `[..., V]`, float32, and the confidence M `[...]` of a slim verifier's raw logits `[..., V]`.
-
-    `r` is a word's probability over the largest one, M that largest one.
-    """
-    logits = logits.float()
-    log_ratio = logits - logits.amax(dim=-1, keepdim=True)
-    return log_ratio, log_ratio.exp().sum(dim=-1).reciprocal()
-
-
-def tiers(
-    log_ratio: torch.Tensor,
-    confidence: torch.Tensor,
-    thresholds: tuple[float, float],
-    regen_min_conf: float = 0.0,
-    *,
-    possible: torch.Tensor | None = None,
-    ends: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the tier of words: accept, regenerate or escalate; int64, of the shape of `log_ratio`.
-
-    Args:
-        log_ratio (`torch.Tensor`): as returned by `slim_ratio`, of all words or of some.
-        confidence (`torch.Tensor`): M, of a shape that broadcasts.
-        thresholds (`tuple[float, float]`): r from which a word is accepted, and below which it is escalated.
-        regen_min_conf (`float`): M below which nothing is regenerated, but escalated.
-        possible (`torch.Tensor`, bool, *optional*): words that the caller's processors leave to the slim verifier; the
-            others are escalated.
-        ends (`torch.Tensor`, bool, *optional*): words that end the text; they are escalated unless they are the most
-            likely ones and M is at least `regen_min_conf`.
-    """
-    accept, escalate = (_log(value) for value in thresholds)
-    sure = confidence >= regen_min_conf
-    below = torch.where((log_ratio >= escalate) & sure, REGENERATE, ESCALATE)
-    found = torch.where(log_ratio >= accept, ACCEPT, below)
-    if possible is not None:
-        found = torch.where(possible, found, ESCALATE)
-    if ends is not None:
-        found = torch.where(ends & ~((log_ratio == 0) & sure), ESCALATE, found)
-    return found
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
-
-
-def gate_law(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Return the law `[..., V]` of a candidate that is the draft, or in tier B a draw from the slim verifier.
-
-    All arguments are `[..., V]`: the drafter's law, the slim verifier's, and each word's tier.
-    """
-    redrawn = tier == REGENERATE
-    return draft * ~redrawn + (draft * redrawn).sum(dim=-1, keepdim=True) * slim
-
-
-def prefilter_law(draft: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Return the sub-probability law `[..., V]` of a candidate that is the draft in tier A, and else is dropped."""
-    return draft * (tier == ACCEPT)
-
-
-def coupled_law(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Return the law `[..., V]` of tiers A and B without C: the draft in A, else a draw from the slim verifier."""
-    kept = prefilter_law(draft, tier)
-    return kept + (1 - kept.sum(dim=-1, keepdim=True)) * slim
-
-
-def tiered_law(draft: torch.Tensor, slim: torch.Tensor, target: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Return the law `[..., V]` of a token that the tiers decide (lossy): what the published method emits.
-
-    Tier A keeps the draft, B draws from the slim verifier, C is speculative sampling of the draft against `target`.
-    """
-    kept = torch.minimum(draft, target) * (tier == ESCALATE)
-    refused = (draft * (tier == ESCALATE)).sum(dim=-1, keepdim=True) - kept.sum(dim=-1, keepdim=True)
-    redrawn = (draft * (tier == REGENERATE)).sum(dim=-1, keepdim=True)
-    return prefilter_law(draft, tier) + redrawn * slim + kept + refused * residual_law(target, draft)
+# VIA-SD: tiers of a slim verifier, and the distributions that they give

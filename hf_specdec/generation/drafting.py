@@ -11,13 +11,13 @@ from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
 from ..kernels.step import upload
+from ..registry import strategy_class
 from . import admission, programs
-from .draft_model import load_draft
-from .registry import strategy_class
+from .models.draft_model import load_draft
+from .models.vocabulary import pad_vocabulary, vocabulary_width
 from .runner import ModelRunner
 from .state import DecodingState
 from .strategy import Draft, Drafter
-from .vocabulary import pad_vocabulary, vocabulary_width
 
 
 class Reader:
@@ -145,31 +145,34 @@ class AssistantDrafter(Drafter):
             return Draft.empty(state)
         drafts, reader = state.pending[:, :0], self.reader
         tokens, starts = reader.unread(state, drafts, [0] * len(counts))
-        laws, states = [], []
+        distributions, states = [], []
         while drafts.shape[1] < max(counts):
             state.stats.draft_forwards += 1
             output = reader.runner.forward(tokens, starts, hidden=self.hidden)
             logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
             scores = state.process_next(logits, drafts)
-            choice, law = state.choose(scores)
+            choice, distribution = state.choose(scores)
             drafts = torch.cat([drafts, choice[:, None]], dim=1)
             starts = [start + tokens.shape[1] for start in starts]
             tokens = choice[:, None]
-            if law is not None:
-                laws.append(law)
+            if distribution is not None:
+                distributions.append(distribution)
             if output.hidden is not None:
                 states.append(output.hidden[:, -1])
             if self.stop:
-                unsure = (state.law(scores).gather(1, tokens)[:, 0] < self.stop).tolist()
+                unsure = (state.distribution(scores).gather(1, tokens)[:, 0] < self.stop).tolist()
                 made = drafts.shape[1]
                 counts = [min(count, made) if stop else count for count, stop in zip(counts, unsure, strict=True)]
         reader.known = starts
         return Draft(
-            drafts, counts, torch.stack(laws, dim=1) if laws else None, torch.stack(states, dim=1) if states else None
+            drafts,
+            counts,
+            torch.stack(distributions, dim=1) if distributions else None,
+            torch.stack(states, dim=1) if states else None,
         )
 
     def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Read each row's last draft too, and return the law of what would follow."""
+        """Read each row's last draft too, and return the distribution of what would follow."""
         reader = self.reader
         state.stats.draft_forwards += 1
         tokens, starts = reader.unread(state, draft.tokens, draft.counts)
@@ -177,11 +180,11 @@ class AssistantDrafter(Drafter):
         logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
         ends = [start + tokens.shape[1] for start in starts]
         reader.known = [max(known, end) for known, end in zip(reader.known, ends, strict=False)]
-        laws = torch.empty(logits.shape, device=logits.device)
+        distributions = torch.empty(logits.shape, device=logits.device)
         for count in set(draft.counts):
             rows = [row for row, drafted in enumerate(draft.counts) if drafted == count]
-            laws[rows] = state.law(state.process_next(logits, draft.tokens[:, :count])[rows])
-        return laws, None if output.hidden is None else output.hidden[:, -1]
+            distributions[rows] = state.distribution(state.process_next(logits, draft.tokens[:, :count])[rows])
+        return distributions, None if output.hidden is None else output.hidden[:, -1]
 
     def commit(self, state: DecodingState) -> None:
         """Keep what both the cache and the text have."""
@@ -191,7 +194,6 @@ class AssistantDrafter(Drafter):
 class NoDrafter(Drafter):
     """Drafts nothing."""
 
-    law = "point"
     compiles = True
 
     def propose(self, state: DecodingState) -> Draft:

@@ -15,11 +15,11 @@ from transformers.utils import logging
 from .. import _compat
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
+from ..registry import strategy_class
 from . import admission, programs
 from .output import Emitter
 from .processors import ProcessorChain
 from .prompt import Prompt
-from .registry import strategy_class
 from .runner import ModelRunner
 from .state import DecodingState
 from .stats import SpeculationOutput, SpeculationStats, report, timings_wanted

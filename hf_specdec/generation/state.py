@@ -50,7 +50,8 @@ class DecodingState:
         longest (`int`): tokens that a row can have at most, those of an earlier turn included.
         columns (`list[int]`): columns that each row has.
         active (`list[int]`): the row in each slot.
-        greedy_law (`float`, *optional*): temperature of the laws that greedy drafts are to keep; `None` for no laws.
+        greedy_temperature (`float`, *optional*): temperature of the distributions that greedy drafts are to keep;
+            `None` for no distributions.
         contexts (`ExitStack`): temporary changes to models; closed when the active rows end, also by an exception.
     """
 
@@ -66,7 +67,7 @@ class DecodingState:
         self.model, self.prompt, self.generation_config = model, prompt, generation_config
         self.processors, self.windows, self.stats = processors, windows, stats
         self.do_sample = bool(generation_config.do_sample)
-        self.greedy_law: float | None = None
+        self.greedy_temperature: float | None = None
         self.max_length = int(generation_config.max_length)
         self.batch, given = prompt.ids.shape
         self.device = prompt.ids.device
@@ -159,18 +160,18 @@ class DecodingState:
         return self.processors(logits[:, None], ids, self.active, columns, drafts[:, :0])[:, 0]
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a token `[n]` from processed scores `[n, V]`, and its law `[n, V]`.
+        """Return a token `[n]` from processed scores `[n, V]`, and its distribution `[n, V]`.
 
-        The law is `None` for greedy decoding, unless `greedy_law` asks for it.
+        The distribution is `None` for greedy decoding, unless `greedy_temperature` asks for it.
         """
         if not self.do_sample:
-            return scores.argmax(dim=-1), None if self.greedy_law is None else self.law(scores)
-        law = self.law(scores)
-        return torch.multinomial(law, 1)[:, 0], law
+            return scores.argmax(dim=-1), None if self.greedy_temperature is None else self.distribution(scores)
+        distribution = self.distribution(scores)
+        return torch.multinomial(distribution, 1)[:, 0], distribution
 
-    def law(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return the float32 law `[..., V]` of processed scores."""
-        scale = 1.0 if self.do_sample or self.greedy_law is None else self.greedy_law
+    def distribution(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return the float32 distribution `[..., V]` of processed scores."""
+        scale = 1.0 if self.do_sample or self.greedy_temperature is None else self.greedy_temperature
         return torch.softmax(scores.float() / scale, dim=-1)
 
     def timed(self, phase: str) -> AbstractContextManager[None]:

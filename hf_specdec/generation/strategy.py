@@ -32,15 +32,15 @@ class Draft:
     Args:
         tokens (`torch.Tensor` of shape `[n, k]`, int64): proposals; k may be 0.
         counts (`list[int]`): how many of each row's k are real.
-        law (`torch.Tensor` of shape `[n, k or k + 1, V]`, float32, *optional*): the law that each token was drawn
-            from. `None` says that each token is a point mass, and is always right for greedy decoding. See
-            `acceptance` for laws of mass below 1.
+        distribution (`torch.Tensor` of shape `[n, k or k + 1, V]`, float32, *optional*): the distribution that each
+            token was drawn from. `None` says that each token is a point mass, and is always right for greedy
+            decoding. See `acceptance` for distributions of mass below 1.
         hidden (`torch.Tensor` of shape `[n, k, H]`, *optional*): the drafter's LM head input at each proposal.
     """
 
     tokens: torch.Tensor
     counts: list[int]
-    law: torch.Tensor | None = None
+    distributions: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
 
     @classmethod
@@ -72,9 +72,8 @@ class StepResult:
 
 
 class Drafter:
-    """Proposes tokens. `law` says what it declares of them, the other attributes what it needs or gives."""
+    """Proposes tokens. The attributes say what it needs and gives; a `Draft` carries its tokens' distributions."""
 
-    law: ClassVar[str] = "dense"  # "dense" (a full law per token), "sub" (mass below 1) or "point"
     gives_hidden: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
     compiles: ClassVar[bool] = False  # as for strategies
@@ -103,7 +102,8 @@ class Drafter:
         raise NotImplementedError
 
     def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the drafter's law `[n, V]` after the last real draft of each row, and the hidden state `[n, H]`.
+        """Return the drafter's distribution `[n, V]` after the last real draft of each row, and the hidden state `[n,
+        H]`.
 
         Only where `looks_ahead`; it runs one more draft forward.
         """
@@ -142,6 +142,7 @@ class SpeculationStrategy:
     hidden: bool = False
     """Whether the target's forwards return the LM head's input."""
     presets: ClassVar[dict[str, dict[str, Any]]] = {"": {}}
+    aliases: ClassVar[dict[str, str]] = {}  # other names of presets
 
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
         name = config.strategy
@@ -163,7 +164,7 @@ class SpeculationStrategy:
 
     @property
     def lossless(self) -> bool:
-        """Whether the output's law is the model's own, under the configured settings."""
+        """Whether the output's distribution is the model's own, under the configured settings."""
         return self.config.lossless
 
     @property
@@ -226,8 +227,8 @@ class SpeculationStrategy:
         scores = state.process(target.logits, draft.tokens)
         counts = upload(draft.counts, scores.device)
         if state.do_sample:
-            law = torch.softmax(scores, dim=-1)
-            verdict = acceptance.speculative_sample(draft.tokens, counts, law, draft.law)
+            distribution = torch.softmax(scores, dim=-1)
+            verdict = acceptance.speculative_sample(draft.tokens, counts, distribution, draft.distributions)
         else:
             verdict = acceptance.greedy_match(draft.tokens, counts, scores.argmax(dim=-1))
         verdict = verdict.on_host()

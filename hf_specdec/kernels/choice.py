@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from . import explicit, flash, packed
+from .request import Request
 from .step import DraftView, SideRange, Step
 
 
@@ -22,43 +23,6 @@ logger = logging.get_logger(__name__)
 
 _EXPLICIT_QUERIES = 16
 """Queries per row up to which explicit attention is chosen on CPU; more would hold too large a score tensor."""
-
-
-class Request(NamedTuple):
-    """What an attention is asked for.
-
-    Attributes:
-        device (`str`): type of the device.
-        dtype (`torch.dtype`): of query, keys and values.
-        size (`int`): head size of query and keys.
-        value_size (`int`): head size of the values.
-        queries (`int`): queries per row.
-        softcap, sinks (`bool`): whether the scores have a cap, or the softmax learned sinks.
-        score (`tuple[str, str, bool]`, *optional*): token scores that are wanted; see `explicit.cached_attention`.
-    """
-
-    device: str
-    dtype: torch.dtype
-    size: int
-    value_size: int
-    queries: int = 1
-    softcap: bool = False
-    sinks: bool = False
-    score: tuple[str, str, bool] | None = None
-
-    @classmethod
-    def read(cls, query: torch.Tensor, value: torch.Tensor, rules: dict[str, Any]) -> Request:
-        """Return the request that tensors `[n, h, m, d]` and the keywords of an attention make."""
-        return cls(
-            query.device.type,
-            query.dtype,
-            query.shape[3],
-            value.shape[3],
-            query.shape[2],
-            rules.get("softcap") is not None,
-            rules.get("sinks") is not None,
-            rules.get("score"),
-        )
 
 
 Attention = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]

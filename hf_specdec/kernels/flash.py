@@ -11,7 +11,7 @@ from .step import Step
 
 
 if TYPE_CHECKING:
-    from .choice import Request
+    from .request import Request
 
 _LARGEST = 256
 

@@ -11,7 +11,7 @@ from .step import SideRange, Step
 
 
 if TYPE_CHECKING:
-    from .choice import Request
+    from .request import Request
 
 
 def lacks(request: Request) -> str | None:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..generation.depth_map import DepthMap
-from ..generation.draft_model import decoder_layers
-from ..generation.draft_module import PipelineDraftModule
-from ..generation.spd import SPDConfig
+from ..generation.methods.spd.depth_map import DepthMap
+from ..generation.methods.spd.draft_module import PipelineDraftModule
+from ..generation.methods.spd.method import SPDConfig
+from ..generation.models.surgery import decoder_layers
 
 
 _VERSION = 11

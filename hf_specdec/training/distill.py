@@ -1,4 +1,5 @@
-"""What distilling has in common: a student learns the frozen target's next-token law on text that the target wrote.
+"""What distilling has in common: a student learns the frozen target's next-token distribution on text that the target
+wrote.
 
 The loss is KL(target || student) over the student's vocabulary, at temperature 1, at every position of prompt and
 answer. The target runs once over each sequence; its hidden states are kept while they fit, and later epochs read them.
@@ -150,14 +151,14 @@ class Teacher:
 
 
 class Agreement:
-    """Sums over answer positions of how well a student's law matches the target's."""
+    """Sums over answer positions of how well a student's distribution matches the target's."""
 
     def __init__(self) -> None:
         self.agree = self.overlap = 0.0
         self.positions = 0
 
     def add(self, p: torch.Tensor, q: torch.Tensor, words: torch.Tensor | None) -> None:
-        """Add positions: the target's law `p` `[m, V]`, and the student's `q` `[m, F]` over the ids `words` `[F]`."""
+        """Add positions: the target's distribution `p` `[m, V]`, the student's `q` `[m, F]` over the ids `[F]`."""
         choice = q.argmax(-1)
         self.agree += float(((choice if words is None else words[choice]) == p.argmax(-1)).sum())
         self.overlap += float(torch.minimum(p if words is None else p[:, words], q).sum())
@@ -330,13 +331,13 @@ class Distillation:
 
 
 def divergence(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Return the mean KL divergence of the target's law `p` `[m, F]`, float32, and a student's `logits` `[m, F]`."""
+    """Return the mean KL divergence of the target's `p` `[m, F]`, float32, and a student's `logits` `[m, F]`."""
     loss: torch.Tensor = _CrossEntropy.apply(p, logits)
     return loss - torch.special.entr(p).sum() / len(p)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy against given laws, in few passes over `[m, F]`, which are most of a training step."""
+    """Mean cross-entropy against given distributions, in few passes over `[m, F]`: most of a training step."""
 
     @staticmethod
     def forward(ctx: Any, p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

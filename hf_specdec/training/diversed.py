@@ -24,11 +24,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..generation.adapters import remember
-from ..generation.diversed import DiversedConfig
-from ..generation.ensemble_head import KIND, DiversedHead
+from ..generation.methods.diversed.head import KIND, DiversedHead
+from ..generation.methods.diversed.method import DiversedConfig
+from ..generation.models.adapters import remember
+from ..generation.models.vocabulary import pad_vocabulary, vocabulary_width
 from ..generation.runner import head_input
-from ..generation.vocabulary import pad_vocabulary, vocabulary_width
 from .rewards import Reward
 from .tasks import Sampling, Score, answers, evaluate, prompt_ids
 
@@ -93,7 +93,7 @@ class Rollout:
         features (`torch.Tensor` of shape `[N, H_d + H_t]`, float16): the head's input at each token.
         p (`torch.Tensor` of shape `[N]`, float32): the target's probability of the token,
         q (`torch.Tensor` of shape `[N]`, float32): and the draft's.
-        tv (`torch.Tensor` of shape `[N]`, float32): distance of their laws.
+        tv (`torch.Tensor` of shape `[N]`, float32): distance of their distributions.
         row (`torch.Tensor` of shape `[N]`, int64): the answer that the token belongs to.
         rewards (`torch.Tensor` of shape `[b]`, float32): of each answer.
     """
@@ -179,13 +179,13 @@ def replay(
         column = torch.arange(1, ids.shape[1], device=ids.device)
         real = (column >= starts[:, None]) & (column < ends[:, None])  # at what predicts the token of each column
         tokens = ids[:, 1:][real]
-        laws, states = [], []
+        distributions, states = [], []
         for model in (draft, target):
             with head_input(model, True) as seen:
                 logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].to(ids.device)[real]
-            laws.append(chain(cast(Any, tokens[:, None]), pad_vocabulary(logits, width).float()).softmax(-1))
+            distributions.append(chain(cast(Any, tokens[:, None]), pad_vocabulary(logits, width).float()).softmax(-1))
             states.append(seen[0][:, :-1].to(ids.device)[real])
-        q, p = laws
+        q, p = distributions
         parts["features"].append(head.features(*states).half())
         parts["p"].append(p.gather(1, tokens[:, None])[:, 0])
         parts["q"].append(q.gather(1, tokens[:, None])[:, 0])

@@ -1,4 +1,4 @@
-"""Distilling a draft model: a few layers of the target learn its next-token law on text that it wrote itself."""
+"""Distilling a draft model: a few of the target's layers learn its next-token distribution on its own text."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..generation.assisted import AssistedConfig
-from ..generation.draft_model import cut_draft, own_parameters, save_draft
-from ..generation.vocabulary import ReducedHead
+from ..generation.methods.assisted import AssistedConfig
+from ..generation.models.draft_model import cut_draft, own_parameters, save_draft
+from ..generation.models.vocabulary import ReducedHead
 from .data import Text
 from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, padded
 

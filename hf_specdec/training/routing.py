@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..generation.slim import BUDGETS, CACHES
+from ..generation.methods.via_sd.config import BUDGETS, CACHES
 from .scoring import OBJECTIVES, Mask, SlimScorer
 
 
@@ -36,8 +36,8 @@ class MaskSearch:
             (`"count"`).
         granularity (`str`, *optional*, defaults to `"layer"`): or `"sublayer"`: attention and MLP apart.
         objective (`str`, *optional*, defaults to `"tv"`): what is minimised: the total variation distance of the two
-            laws (right for the lossless mode), `"kl"`, `"margin"` (the paper's cost, right for the lossy mode) or
-            `"top1"` (the share of different most likely words).
+            distributions (right for the lossless mode), `"kl"`, `"margin"` (the paper's cost, right for the lossy
+            mode) or `"top1"` (the share of different most likely words).
         alpha, beta (`float`, *optional*, default to 0.5): leniency of the paper's cost.
         slim_cache (`str`, *optional*, defaults to `"shared"`): cache mode of decoding.
         max_steps (`int`, *optional*, defaults to 1000): masks scored at most.

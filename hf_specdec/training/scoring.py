@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..generation import admission
-from ..generation.layerwise import Layerwise
+from ..generation.methods.via_sd.slim_model import LowRankTerms, Units, slim_model
+from ..generation.models.layerwise import Layerwise
 from ..generation.runner import ModelRunner
-from ..generation.slim import LowRankTerms, Units, slim_model
 from ..kernels.dispatch import register, speculative_attention
 from .data import Text
 
@@ -25,12 +25,12 @@ Mask = tuple[bool, ...]
 
 
 def margin_cost(q: torch.Tensor, p: torch.Tensor, alpha: float = 0.5, beta: float = 0.5) -> torch.Tensor:
-    """Return the paper's cost R (Eq. 11) `[...]` of a law `p` that stands in for `q`, both `[..., V]`.
+    """Return the paper's cost R (Eq. 11) `[...]` of a distribution `p` that stands in for `q`, both `[..., V]`.
 
     It is 0 for mild mismatch: it counts words to which `p` gives more than a lossy verifier of leniency `alpha` and
     `beta` forgives, p above q / (1 - alpha), and those to which its residual leaves nothing, p above q / beta.
     """
-    # words that one of the laws excludes have no logarithm; a floor far below any real probability stands in
+    # words that one of the distributions excludes have no logarithm; a floor far below any real probability stands in
     ratio = p.clamp(min=1e-30).log() - q.clamp(min=1e-30).log()
     one, two = (ratio + math.log(1 - alpha)).clamp(min=0), (ratio + math.log(beta)).clamp(min=0)
     return (p * one + q * two).sum(dim=-1)

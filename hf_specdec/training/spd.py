@@ -16,11 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import _compat
-from ..generation.depth_map import DepthMap
-from ..generation.draft_model import decoder_layers
-from ..generation.draft_module import Features, PipelineDraftModule, load_draft_module
-from ..generation.layerwise import LayerCall, Layerwise
-from ..generation.spd import SPDConfig
+from ..generation.methods.spd.depth_map import DepthMap
+from ..generation.methods.spd.draft_module import Features, PipelineDraftModule, load_draft_module
+from ..generation.methods.spd.method import SPDConfig
+from ..generation.models.layerwise import LayerCall, Layerwise
+from ..generation.models.surgery import decoder_layers
 from .data import Text
 from .distill import Agreement, Distillation, DistillSettings, Report, batches, coverage, divergence, padded
 

@@ -1,4 +1,4 @@
-"""Distilling exit heads: guesses from shallow states learn the frozen model's own next-token law (SpecBound).
+"""Distilling exit heads: guesses from shallow states learn the frozen model's own next-token distribution (SpecBound).
 
 All heads learn in one pass, from one forward of the model; the loss is summed over them.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..generation.exit_heads import ExitHeads, before_each
-from ..generation.layerwise import LayerCall, Layerwise
-from ..generation.specbound import SpecBoundConfig
+from ..generation.methods.specbound.exit_heads import ExitHeads, before_each
+from ..generation.methods.specbound.method import SpecBoundConfig
+from ..generation.models.layerwise import LayerCall, Layerwise
 from .data import Text
 from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, padded
 

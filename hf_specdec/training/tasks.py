@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..bench.texts import chat_ids
 from ..generation.stats import SpeculationStats, on_speculation
+from ..texts import chat_ids
 from .data import pad_left
 from .rewards import Reward
 
@@ -23,7 +23,7 @@ class Sampling:
     """How answers are decoded; a temperature of 0 is greedy.
 
     Args:
-        temperature (`float`, *optional*, defaults to 1.0): of the laws.
+        temperature (`float`, *optional*, defaults to 1.0): of the distributions.
         top_k (`int`, *optional*, defaults to 0): words kept, 0 for all.
         top_p (`float`, *optional*, defaults to 1.0): mass kept.
         max_new_tokens (`int`, *optional*, defaults to 64): tokens of an answer.

@@ -1,4 +1,5 @@
-"""Training the slim verifier of VIA-SD: a LoRA on the layers that stay learns the whole model's own next-token law.
+"""Training the slim verifier of VIA-SD: a LoRA on the layers that stay learns the whole model's own next-token
+distribution.
 
 PEFT makes the LoRA and writes its files. It works on a copy of the model's modules that shares the weights, so the
 model stays as it is. Every position is read by the slim model alone, which is decoding with `slim_cache="own"`.
@@ -17,11 +18,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..generation.adapters import describe
-from ..generation.layerwise import Layerwise
-from ..generation.slim import LORA_FOLDER, LowRankTerms, Units, load_slim, save_slim, slim_model
-from ..generation.via_sd import ViaSDConfig
-from ..generation.vocabulary import InsideHead, ReducedHead
+from ..generation.methods.via_sd.config import ViaSDConfig
+from ..generation.methods.via_sd.slim_model import LORA_FOLDER, LowRankTerms, Units, load_slim, save_slim, slim_model
+from ..generation.models.adapters import describe
+from ..generation.models.layerwise import Layerwise
+from ..generation.models.vocabulary import InsideHead, ReducedHead
 from .data import Text
 from .distill import Distillation, DistillSettings, Report, divergence
 from .scoring import SlimScorer, margin_cost

@@ -1,0 +1,266 @@
+"""`PipelineDraftModule`: SPD's drafter (arXiv 2605.30852, design v11). It guesses one token from hidden states.
+
+The target's hidden states of every token, as deep as the pipeline has carried it, are fused into one row per token by
+a linear map that depends on the depth. Decoder layers of the target's own family read the rows, the target's frozen
+final norm and a head of its own make logits over a draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .... import _compat
+from ....cache.speculative import SpeculativeCache
+from ....configuration import SpeculationConfig
+from ....kernels.dispatch import MaskSpec
+from ....kernels.step import Step
+from ...models.adapters import Adapter, check_model, describe, load_once, read_record, write_adapter
+from ...models.layerwise import LayerCall, Layerwise, placed, run_layer
+from ...models.surgery import decoder_layers, place_layer
+from ...models.vocabulary import ReducedHead
+from .depth_map import DepthMap
+
+
+KIND = "draft_module"
+ARCHITECTURE = "v11"
+
+Features = dict[int, torch.Tensor]
+"""Hidden states `[1, m, H]` of m tokens, by their index in the depth."""
+
+
+class PipelineDraftModule(nn.Module):
+    """The draft module of one model. Its norm is the model's, by reference.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model; it stays as it is. Layers that it lacks (on the meta
+            device) may serve as templates.
+        depths (`DepthMap`): stages and features.
+        templates (`list[int]`): the model's layers that the module's own are copies of, at first.
+        vocabulary (`torch.Tensor` of shape `[V_d]`, int64, *optional*): ids that can be guessed; `None` for all.
+        span (`int`, *optional*): tokens back that its attention reads: what it was trained on.
+        family (`str`, *optional*): model type whose decoder layers it has, if not the model's own: `"qwen3"`, for
+            checkpoints of the reference implementation. Templates then only say whose arguments they get.
+        record (`dict`, *optional*): what is known of it, such as how it was trained.
+    """
+
+    norm: nn.Module
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        depths: DepthMap,
+        templates: Sequence[int],
+        vocabulary: torch.Tensor | None = None,
+        span: int | None = None,
+        family: str | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        whole, head = decoder_layers(model), cast(Any, model.get_output_embeddings())
+        if not templates or min(templates) < 0 or max(templates) >= len(whole):
+            raise ValueError(f"`templates` must be layers below {len(whole)}, got {list(templates)}.")
+        self.width, width = head.weight.shape
+        self.depths, self.templates, self.span, self.record = depths, list(templates), span, record or {}
+        self.family = family
+        self.config = model.config  # like a model, so that its attention can be switched like a model's
+        self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
+        self.feature_proj = nn.ModuleList(_fusing(kind, width) for kind in range(len(depths.features)))
+        if family is None:
+            self.layers = nn.ModuleList(copy.deepcopy(whole[index]) for index in templates)
+        else:
+            self.layers = nn.ModuleList(_foreign_layer(model, family) for _ in templates)
+        for place, layer in enumerate(self.layers):
+            place_layer(layer, place)
+        rows = head.weight if self.reduced is None else self.reduced.weight
+        self.lm_head = nn.Linear(width, rows.shape[0], bias=False, device="meta")
+        self.lm_head.weight = nn.Parameter(rows.detach().clone())
+        self.to(dtype=head.weight.dtype)
+        if all(not p.is_meta for p in self.layers.parameters()):
+            self.to(device=head.weight.device)
+        self.__dict__.update(norm=Layerwise(model).norm)
+
+    def fuse(self, kind: int, features: Features) -> torch.Tensor:
+        """Return the rows `[1, m, H]` of tokens that have the features of an aggregation type."""
+        device = self.lm_head.weight.device  # stages may be on others
+        parts = [features[index].to(device) for index in self.depths.of_type(kind)]
+        return cast(torch.Tensor, self.feature_proj[kind](torch.cat(parts, dim=-1)))
+
+    def run(self, rows: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
+        """Return the last layer's output for rows `[b, m, H]`; `calls` holds the arguments of each layer."""
+        for layer, call in zip(self.layers, calls, strict=True):
+            rows = run_layer(layer, rows, call)
+        return rows
+
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits `[..., V_d]` for the last layer's output `[..., H]`."""
+        return cast(torch.Tensor, self.lm_head(self.norm(hidden)))
+
+    def scatter(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits `[..., V]` of all words for logits `[..., V_d]`."""
+        return logits if self.reduced is None else self.reduced.scatter(logits)
+
+    def can_guess(self, token: torch.Tensor) -> bool:
+        """Return whether a token `[1, 1]` is in the draft vocabulary."""
+        return self.reduced is None or bool(torch.isin(token.to(self.reduced.ids.device), self.reduced.ids))
+
+    def reader(self, model: PreTrainedModel, capacity: int) -> DraftReader:
+        """Return what follows one text, of at most `capacity` tokens; our attention must be active in `model`."""
+        return DraftReader(self, Layerwise(model), capacity)
+
+    def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:
+        """Write the module, in bf16, to a folder that `SPDConfig(adapter=folder)` and `assistant_strategy=` take.
+
+        Args:
+            config (`SPDConfig`): settings to use it with.
+            model (`PreTrainedModel`): that it was made for.
+            notes: what else to record, such as how it was trained.
+        """
+        tensors = {name: value.detach().bfloat16() for name, value in self.named_parameters()}
+        if self.reduced is not None:
+            tensors["draft_token_ids"] = self.reduced.ids
+        record = {
+            "kind": KIND,
+            "architecture": ARCHITECTURE,
+            "num_stages": self.depths.stages,
+            "stage_layers": self.depths.stage_layers,
+            "feature_layers": self.depths.features,
+            "templates": self.templates,
+            "train_span": self.span,
+            "family": self.family,
+            "model": describe(model),
+        }
+        write_adapter(folder, config, {**record, **notes}, tensors)
+
+
+def _foreign_layer(model: PreTrainedModel, family: str) -> nn.Module:
+    """Return a new decoder layer of another family, of the model's sizes."""
+    if family != "qwen3":
+        raise ValueError(f"`family` must be None or 'qwen3', got {family!r}.")
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Config, Qwen3DecoderLayer
+
+    own: Any = model.config.get_text_config(decoder=True)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    sizes = {name: getattr(own, name) for name in names}
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    config = Qwen3Config(**sizes, head_dim=head_dim, num_hidden_layers=1)
+    _compat.set_attention_name(config, _compat.attention_name(own))
+    return Qwen3DecoderLayer(config, 0)
+
+
+def _fusing(kind: int, width: int) -> nn.Linear:
+    """Return the map of an aggregation type. It begins as the identity on the deepest feature, which layers know."""
+    linear = nn.Linear((kind + 1) * width, width, bias=False)
+    with torch.no_grad():
+        nn.init.normal_(linear.weight, std=0.02 / (kind + 1))
+        linear.weight[:, kind * width :] += torch.eye(width)
+    return linear
+
+
+class DraftReader:
+    """The draft module along one text. Finished tokens stay in its cache; tokens in flight are read anew every tick.
+
+    Args:
+        module (`PipelineDraftModule`): the module.
+        parts (`Layerwise`): of the target; nothing else may record with it at the same time.
+        capacity (`int`): tokens that a text can have.
+    """
+
+    def __init__(self, module: PipelineDraftModule, parts: Layerwise, capacity: int) -> None:
+        self.module, self.parts = module, parts
+        self.last = capacity - 1
+        self.cache = SpeculativeCache([module.span] * len(module.layers), 1, capacity)
+        self.mask = MaskSpec({"local_size": module.span})
+        # slot 0 holds the first token that this call ran: an earlier turn's cached tokens gave no features
+        self.first = self.end = 0
+
+    def start(self, features: Features, first: int) -> None:
+        """Read the prompt from position `first` on; its tokens have passed all stages."""
+        self.first = self.end = first
+        self._read(self.module.fuse(self.module.depths.types[-1], features))
+        self.end += features[0].shape[1]
+
+    def draft(self, finished: Sequence[Features], flying: Sequence[tuple[int, Features]]) -> torch.Tensor:
+        """Return logits `[1, V_d]` of what follows the newest token.
+
+        Args:
+            finished (`list[Features]`): of tokens that have passed all stages since the last call, oldest first; they
+                follow those that are in the cache, and stay there.
+            flying (`list[tuple[int, Features]]`): depth and features of the tokens after them, oldest first.
+        """
+        types = self.module.depths.types
+        rows = [self.module.fuse(types[-1], features) for features in finished]
+        rows += [self.module.fuse(types[depth], features) for depth, features in flying]
+        hidden = self._read(torch.cat(rows, dim=1))
+        self.end += len(finished)
+        return self.module.score(hidden[:, -1])
+
+    def _read(self, rows: torch.Tensor) -> torch.Tensor:
+        """Run rows that follow the cached ones, at their true positions."""
+        step = self.cache.begin(Step([self.end - self.first], rows.shape[1], rows.device))
+        positions = torch.arange(self.end, self.end + rows.shape[1], device=rows.device).clamp(max=self.last)
+        recording = self.parts.record(
+            inputs_embeds=rows,
+            position_ids=positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            specdec_step=step,
+        )
+        calls = [placed(recording.calls[index], self.cache, step, self.mask) for index in self.module.templates]
+        return self.module.run(rows, calls)
+
+
+def _depths(model: PreTrainedModel, record: dict[str, Any], folder: Path) -> DepthMap:
+    """Return the depth map of an adapter's record, which must be of `model`."""
+    where = f"The adapter in {str(folder)!r}"
+    missing = {"architecture", "num_stages", "stage_layers", "feature_layers", "templates", "model"} - set(record)
+    if missing:
+        raise ValueError(f"{where} has a record without {', '.join(sorted(missing))}.")
+    if record["architecture"] != ARCHITECTURE:
+        raise ValueError(f"{where} has the architecture {record['architecture']!r}; this release reads v11.")
+    check_model(model, record["model"], folder, "model")
+    layers = len(decoder_layers(model))
+    return DepthMap(layers, record["num_stages"], record["stage_layers"], record["feature_layers"])
+
+
+def read_depths(model: PreTrainedModel, name_or_path: str) -> DepthMap:
+    """Return the depth map of a saved draft module for `model`, without loading the module.
+
+    Raises:
+        ValueError: for a module of another model or architecture.
+    """
+    record, folder = read_record(name_or_path, KIND)
+    return _depths(model, record, folder)
+
+
+def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraftModule:
+    """Return the draft module saved in a folder or Hub repository, for `model`, in evaluation mode.
+
+    Raises:
+        ValueError: for a module of another model or architecture, or tensors that are not what its record says.
+    """
+    device = cast(torch.Tensor, model.get_output_embeddings().weight).device
+
+    def build(adapter: Adapter) -> PipelineDraftModule:
+        record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {adapter.place}"
+        depths = _depths(model, record, adapter.folder)
+        ids = tensors.pop("draft_token_ids", None)
+        span, family = record.get("train_span"), record.get("family")
+        module = PipelineDraftModule(model, depths, record["templates"], ids, span, family, record)
+        expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
+        if {name: tuple(value.shape) for name, value in tensors.items()} != expected:
+            raise ValueError(f"{where} does not hold the tensors of a draft module with features {depths.features}.")
+        dtype = next(module.parameters()).dtype
+        tensors = {name: value.to(device=device, dtype=dtype) for name, value in tensors.items()}
+        module.load_state_dict(tensors, strict=False, assign=True)  # buffers, if a layer has some, are as the model's
+        return module.eval().requires_grad_(False)
+
+    module = load_once(model, KIND, name_or_path, build)
+    # the model may have been moved or cast since it was loaded
+    return module.to(device=device, dtype=cast(torch.Tensor, model.get_output_embeddings().weight).dtype)

@@ -1,0 +1,222 @@
+"""The target as a pipeline: `Stage` runs some layers on one token, `Pipeline` moves tokens from stage to stage.
+
+In one tick every stage runs the token that it was handed in the tick before, and the draft module guesses the next one
+meanwhile. What runs a tick's jobs is the *schedule*: one after the other, or each in a thread of its own. (Stages on
+other ranks are `pipeline_ranks`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from ....cache.speculative import SpeculativeCache
+from ....cache.stage import StageCache
+from ....kernels.step import Step
+from ...models.layerwise import Layerwise, Recording, placed, run_layer, watched
+from ...runner import Forward
+from ...state import DecodingState
+from .depth_map import DepthMap
+from .draft_module import Features
+
+
+Job = Callable[[], Any]
+
+
+class Parcel(NamedTuple):
+    """A token on its way through the stages.
+
+    Attributes:
+        hidden (`torch.Tensor` of shape `[1, m, H]`): its state after the stages that it has passed.
+        step (`Step`): its place in the text.
+        recording (`Recording`): what the layers get beside the state.
+    """
+
+    hidden: torch.Tensor
+    step: Step
+    recording: Recording
+
+
+class Tick(NamedTuple):
+    """What one tick produced.
+
+    Attributes:
+        guess (`torch.Tensor` of shape `[1, V_d]`, *optional*): the draft module's logits; `None` if it was not asked.
+        features (`list[Features]`): per stage what its token gained, empty for a stage without a token.
+        final (`torch.Tensor` of shape `[1, 1, H]`, *optional*): state after the last layer of the token that left.
+    """
+
+    guess: torch.Tensor | None
+    features: list[Features]
+    final: torch.Tensor | None
+
+
+class Stage:
+    """The layers of one stage, with their part of the cache.
+
+    Args:
+        parts (`Layerwise`): the model.
+        depths (`DepthMap`): its stages.
+        index (`int`): of this one.
+        whole (`SpeculativeCache`): the target's cache.
+    """
+
+    def __init__(self, parts: Layerwise, depths: DepthMap, index: int, whole: SpeculativeCache) -> None:
+        self.parts, self.index = parts, index
+        self.begin, self.end = depths.bounds[index], depths.bounds[index + 1]
+        self.wanted = set(depths.produced(index))
+        self.cache = StageCache(whole, self.begin, self.end)
+
+    def run(self, parcel: Parcel) -> tuple[Parcel, Features]:
+        """Take a token through the stage's layers; return it, and the features that it gained."""
+        hidden, features = parcel.hidden, {}
+        step = self.cache.begin(parcel.step)
+        for index in range(self.begin, self.end):
+            call = placed(parcel.recording.calls[index], self.cache, step)
+            hidden = run_layer(self.parts.layers[index], hidden, call)
+            if index + 1 in self.wanted:
+                features[index + 1] = hidden
+        return parcel._replace(hidden=hidden), features
+
+
+class Pipeline:
+    """All stages in this process.
+
+    Args:
+        depths (`DepthMap`): the stages.
+        run_all (`Callable[[list[Job]], list]`): the schedule: runs jobs that don't depend on each other, and returns
+            what they return.
+    """
+
+    parts: Layerwise
+    stages: list[Stage]
+
+    def __init__(self, depths: DepthMap, run_all: Callable[[Sequence[Job]], list[Any]]) -> None:
+        self.depths, self.run_all = depths, run_all
+        self.waiting: list[Parcel | None] = []
+
+    def prefill(self, state: DecodingState) -> tuple[Forward, Features]:
+        """Run the prompt; return the forward over its last token, and the features of all its tokens that were run.
+
+        Raises:
+            ValueError: if the layers, called one by one, don't do what the model does.
+        """
+        row, runner = state.active[0], state.target
+        first = state.prompt.cached[row]
+        with watched(state.model, self.depths.features[1:]) as seen:
+            output = state.prefill()
+        self.parts = Layerwise(state.model)
+        self.parts.check(runner, state.pending, state.committed[0] - 1, output.logits)
+        tokens = state.text[state.active, first : state.committed[0]]
+        seen[0] = self.parts.record_at(runner, tokens, first).hidden
+        self.stages = [Stage(self.parts, self.depths, i, runner.cache) for i in range(self.depths.stages)]
+        self.rewind(state.committed[0])
+        self.cache, self.last_position = runner.cache, runner.last_position
+        return output, seen
+
+    def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
+        """Hand a token `[1, 1]` to the first stage, for the next tick; return its state at depth 0, `[1, 1, H]`."""
+        device = cast(torch.Tensor, self.parts.model.get_input_embeddings().weight).device
+        parcel = make_parcel(self.parts, {"input_ids": token.to(device)}, position, self.cache, self.last_position)
+        self.waiting[0] = parcel
+        return parcel.hidden
+
+    def tick(self, draft: Job | None) -> Tick:
+        """Run every stage that has a token, and `draft`, which may run at the same time."""
+        busy = [(stage, parcel) for stage, parcel in zip(self.stages, self.waiting, strict=True) if parcel is not None]
+        jobs: list[Job] = [partial(stage.run, parcel) for stage, parcel in busy]
+        guess, *outputs = self.run_all([draft or (lambda: None), *jobs])
+        features: list[Features] = [{} for _ in self.stages]
+        waiting: list[Parcel | None] = [None] * (len(self.stages) + 1)
+        for (stage, _), (parcel, gained) in zip(busy, outputs, strict=True):
+            features[stage.index], waiting[stage.index + 1] = gained, parcel
+        left = waiting.pop()
+        self.waiting = waiting
+        return Tick(guess, features, None if left is None else left.hidden)
+
+    def rewind(self, length: int) -> None:
+        """Drop all tokens that are under way; every stage holds the first `length` tokens of the text afterwards."""
+        self.waiting = [None] * len(self.stages)
+        for stage in self.stages:
+            stage.cache.rewind(length)
+
+
+def make_parcel(
+    parts: Layerwise,
+    inputs: dict[str, torch.Tensor],
+    start: int,
+    cache: SpeculativeCache,
+    last_position: int,
+    *,
+    own_attention: bool = False,
+) -> Parcel:
+    """Return tokens ready for a stage.
+
+    Args:
+        inputs (`dict`): `input_ids` `[1, m]` for the first stage, or `inputs_embeds` `[1, m, H]`, which the stage
+            before has handed on, for a later one.
+        start (`int`): position of the first token.
+        cache (`SpeculativeCache`): exchanged when a stage runs (see `placed`).
+        last_position (`int`): positions are clamped to it.
+        own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not ours.
+    """
+    given = next(iter(inputs.values()))
+    step = Step([start], given.shape[1], given.device)
+    recording = parts.record(
+        **inputs,
+        position_ids=step.slots_on(given.device).clamp(max=last_position),
+        past_key_values=cache,
+        use_cache=True,
+        **({} if own_attention else {"specdec_step": step}),
+    )
+    # a recording of states may have scaled them, as some families do with embeddings
+    return Parcel(inputs.get("inputs_embeds", recording.hidden), step, recording)
+
+
+def in_series(jobs: Sequence[Job]) -> list[Any]:
+    """Run jobs one after the other."""
+    return [job() for job in jobs]
+
+
+class InThreads:
+    """Runs jobs at the same time: the first one here, each other one in a thread of its own.
+
+    PyTorch's kernels release the interpreter's lock; everything else of a tick still takes turns. What torch keeps per
+    thread, as set where this is made, is set in the workers too.
+
+    Args:
+        workers (`int`): jobs beside the first at most.
+        device (`torch.device`): whose autocast settings count.
+    """
+
+    def __init__(self, workers: int, device: torch.device) -> None:
+        self.inference, self.kind = torch.is_inference_mode_enabled(), device.type
+        self.autocast = torch.is_autocast_enabled(self.kind)
+        self.autocast_dtype = torch.get_autocast_dtype(self.kind)
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="spd-stage")
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Any]:
+        """Run jobs and return what they return; an exception in one is raised here, when all have ended."""
+        others = [self.pool.submit(self._run, job) for job in jobs[1:]]
+        try:
+            first = jobs[0]()
+        finally:
+            for other in others:
+                other.exception()  # waits; nothing may still write to a cache when an exception leaves
+        return [first, *(other.result() for other in others)]
+
+    def _run(self, job: Job) -> Any:
+        with ExitStack() as contexts:
+            contexts.enter_context(torch.no_grad())
+            contexts.enter_context(torch.inference_mode(self.inference))
+            contexts.enter_context(torch.autocast(self.kind, dtype=self.autocast_dtype, enabled=self.autocast))
+            return job()
+
+    def close(self) -> None:
+        """End the threads."""
+        self.pool.shutdown()

@@ -1,0 +1,92 @@
+"""The tiers of VIA-SD's slim verifier, and the distributions that they give. Pure functions of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ...acceptance import residual_distribution
+
+
+ACCEPT, REGENERATE, ESCALATE = 0, 1, 2
+"""The paper's tiers A, B and C."""
+
+
+def slim_ratio(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `log r` `[..., V]`, float32, and the confidence M `[...]` of a slim verifier's raw logits `[..., V]`.
+
+    `r` is a word's probability over the largest one, M that largest one.
+    """
+    logits = logits.float()
+    log_ratio = logits - logits.amax(dim=-1, keepdim=True)
+    return log_ratio, log_ratio.exp().sum(dim=-1).reciprocal()
+
+
+def tiers(
+    log_ratio: torch.Tensor,
+    confidence: torch.Tensor,
+    thresholds: tuple[float, float],
+    regen_min_conf: float = 0.0,
+    *,
+    possible: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the tier of words: accept, regenerate or escalate; int64, of the shape of `log_ratio`.
+
+    Args:
+        log_ratio (`torch.Tensor`): as returned by `slim_ratio`, of all words or of some.
+        confidence (`torch.Tensor`): M, of a shape that broadcasts.
+        thresholds (`tuple[float, float]`): r from which a word is accepted, and below which it is escalated.
+        regen_min_conf (`float`): M below which nothing is regenerated, but escalated.
+        possible (`torch.Tensor`, bool, *optional*): words that the caller's processors leave to the slim verifier; the
+            others are escalated.
+        ends (`torch.Tensor`, bool, *optional*): words that end the text; they are escalated unless they are the most
+            likely ones and M is at least `regen_min_conf`.
+    """
+    accept, escalate = (_log(value) for value in thresholds)
+    sure = confidence >= regen_min_conf
+    below = torch.where((log_ratio >= escalate) & sure, REGENERATE, ESCALATE)
+    found = torch.where(log_ratio >= accept, ACCEPT, below)
+    if possible is not None:
+        found = torch.where(possible, found, ESCALATE)
+    if ends is not None:
+        found = torch.where(ends & ~((log_ratio == 0) & sure), ESCALATE, found)
+    return found
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
+
+
+def gate_distribution(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
+    """Return the distribution `[..., V]` of a candidate that is the draft, or in tier B a draw from the slim verifier.
+
+    All arguments are `[..., V]`: the drafter's distribution, the slim verifier's, and each word's tier.
+    """
+    redrawn = tier == REGENERATE
+    return draft * ~redrawn + (draft * redrawn).sum(dim=-1, keepdim=True) * slim
+
+
+def prefilter_distribution(draft: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
+    """Return the sub-probability distribution `[..., V]` of a candidate: the draft in tier A, else nothing."""
+    return draft * (tier == ACCEPT)
+
+
+def coupled_distribution(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
+    """Return the distribution `[..., V]` of tiers A and B without C: the draft in A, else the slim verifier's draw."""
+    kept = prefilter_distribution(draft, tier)
+    return kept + (1 - kept.sum(dim=-1, keepdim=True)) * slim
+
+
+def tiered_distribution(
+    draft: torch.Tensor, slim: torch.Tensor, target: torch.Tensor, tier: torch.Tensor
+) -> torch.Tensor:
+    """Return the distribution `[..., V]` of a token that the tiers decide (lossy): what the published method emits.
+
+    Tier A keeps the draft, B draws from the slim verifier, C is speculative sampling of the draft against `target`.
+    """
+    kept = torch.minimum(draft, target) * (tier == ESCALATE)
+    refused = (draft * (tier == ESCALATE)).sum(dim=-1, keepdim=True) - kept.sum(dim=-1, keepdim=True)
+    redrawn = (draft * (tier == REGENERATE)).sum(dim=-1, keepdim=True)
+    return prefilter_distribution(draft, tier) + redrawn * slim + kept + refused * residual_distribution(target, draft)

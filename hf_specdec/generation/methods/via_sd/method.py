@@ -1,0 +1,114 @@
+"""VIA-SD: a slim verifier, routed out of the model itself, between the drafter and the model.
+
+Idea      the model without some of its layers tells good drafts from bad ones at part of the cost.
+Drafts    any drafter: `assistant_model` by default, another strategy's, or the slim verifier itself.
+Verifies  losslessly by default: the slim verifier turns blocks of drafts into better candidates, and one forward of
+          the model judges them all. The published mode is lossy: a token that the slim verifier clearly likes is kept
+          (tier A), one that it half likes it writes itself (B), and only the others go to the model (C).
+Trained   nothing, or a LoRA that works in the slim passes only (`hf-specdec train via_sd`); the mask of left-out
+          layers is searched offline (`hf-specdec calibrate via_sd`).
+Paper     https://arxiv.org/abs/2606.12243
+New here  stock assisted decoding has two tiers; a lossless mode, batches, an adapter and a free audit go beyond the
+          paper.
+
+Names are the paper's: `P`, `S` and `Q` the distributions of drafter, slim verifier and model, `r = S(v) / max S` the
+gate's measure (of the raw logits, so that it does not move with the temperature), `M = max S`.
+"""
+
+from __future__ import annotations
+
+from transformers.utils import logging
+
+from ....registry import preset
+from ...drafting import NoDrafter, chosen_drafter
+from ...runner import Forward
+from ...state import DecodingState
+from ...strategy import Drafter, SpeculationStrategy, StepResult
+from .config import ViaSDConfig
+from .slim_drafter import SlimDrafter
+from .tiers import Tiers
+
+
+logger = logging.get_logger(__name__)
+
+
+class ViaSDStrategy(SpeculationStrategy):
+    """Lossless: two-tier drafting, ordinary verification. Lossy: rounds of tiers, the model where they ask for it."""
+
+    config_class = ViaSDConfig
+    paper = "https://arxiv.org/abs/2606.12243"
+    needs_assistant = True
+    presets = {
+        "": {},
+        "gate": {"lossless_rule": "gate"},
+        "prefilter": {"lossless_rule": "prefilter"},
+        "slim": {"drafter": "slim"},
+        "safe": {"mode": "lossy"},
+        "paper": {
+            "mode": "lossy",
+            "alpha1": 0.5,
+            "alpha2": 0.3,
+            "regen_min_conf": 0.0,
+            "bonus_min_conf": 1.01,
+            "max_pending": None,
+            "eos_guard": False,
+            "skip_budget_by": "count",
+        },
+    }
+    aliases = {"lossless": ""}
+    config: ViaSDConfig
+    drafter: SlimDrafter
+    tiers: Tiers | None = None
+
+    def make_drafter(self) -> Drafter:
+        """Return the two tiers before the model."""
+        config, chosen = self.config, self.config.drafter
+        if chosen == "slim":
+            return SlimDrafter(config, NoDrafter())
+        if isinstance(chosen, str):
+            chosen = preset(chosen)
+        inner = chosen_drafter(chosen, self.assistant_model, config, config.draft_stop)
+        if config.tiered and inner.needs_target_pass_every_round:
+            name = chosen.strategy if chosen is not None else "assisted"
+            raise ValueError(
+                f"`drafter={name!r}` learns from every pass of the model, and mode='lossy' leaves passes out; use it "
+                "with mode='lossless', or another drafter."
+            )
+        return SlimDrafter(config, inner)
+
+    def setup(self, state: DecodingState) -> None:
+        """Prepare the tiers."""
+        super().setup(state)
+        self.tiers = None
+        if self.config.tiered:
+            self.tiers = Tiers(self.config, self.drafter, state)
+            state.followers.append(self.tiers)
+
+    def prefill(self, state: DecodingState) -> Forward:
+        """Run the prompts through all tiers."""
+        first = super().prefill(state)
+        if self.tiers is not None:
+            self.tiers.begin(state)
+        return first
+
+    def step(self, state: DecodingState) -> StepResult:
+        """Advance by one round: of tiers where those may decide, else as usual."""
+        return super().step(state) if self.tiers is None else self.tiers.step(state)
+
+    def commit(self, state: DecodingState, kept: list[int]) -> None:
+        """Note what was emitted, in the lossy mode also how far the model has read."""
+        super().commit(state, kept)
+        if self.tiers is not None:
+            self.tiers.commit(state, kept)
+
+    def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
+        """Return what the model has read: behind it lie the slim verifier's states, in some layers."""
+        text = super().clean_length(state, layer_idx, slot)
+        # a criterion may have cut the text since
+        return text if self.tiers is None else min(self.tiers.read[slot], text)
+
+    def close(self, state: DecodingState) -> None:
+        """Report the tiers."""
+        super().close(state)
+        if self.tiers is not None:
+            self.tiers.report(state)

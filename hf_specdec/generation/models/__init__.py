@@ -1,0 +1,1 @@
+"""Running a model, part of it, or a changed copy of it."""

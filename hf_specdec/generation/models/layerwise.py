@@ -1,0 +1,379 @@
+"""Running part of a model's depth, for any decoder: the model prepares its layers' arguments, we call the layers.
+
+A *recording* runs the model's own forward over some tokens on a shallow copy whose layers only note what they are
+given: embeddings and position tables, masks, rotary tables and side inputs come from the model itself, none of its
+layers runs, and the model is not touched. Afterwards any layer can be called with the noted arguments, on any hidden
+state. Recordings of single tokens are joined to those of longer blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ...kernels.dispatch import MaskSpec
+from ...kernels.step import Step
+from ..runner import ModelRunner
+from .surgery import decoder_layers, unhook
+
+
+class LayerCall(NamedTuple):
+    """What the model passes to one layer beside the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Recording(NamedTuple):
+    """What a forward would do first.
+
+    Attributes:
+        hidden (`torch.Tensor` of shape `[n, m, H]`): the first layer's input.
+        calls (`list[LayerCall]`): per layer.
+    """
+
+    hidden: torch.Tensor
+    calls: list[LayerCall]
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """Return `layer`'s output `[n, m, H]` for `hidden` `[n, m, H]`."""
+    return _states(layer(hidden, *call.args, **call.kwargs))
+
+
+def placed(call: LayerCall, cache: Cache, step: Step, mask: Any = None) -> LayerCall:
+    """Return a layer's arguments on another cache, at another step and, if given, with another mask."""
+
+    def exchange(value: Any) -> Any:
+        if isinstance(value, Cache):
+            return cache
+        if isinstance(value, Step):
+            return step
+        if mask is not None and isinstance(value, MaskSpec):
+            return mask
+        return value
+
+    args = tuple(exchange(value) for value in call.args)
+    return LayerCall(args, {key: exchange(value) for key, value in call.kwargs.items()})
+
+
+def _states(output: Any) -> torch.Tensor:
+    """Return the hidden states in what a decoder layer returned, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+_checked: WeakSet[PreTrainedModel] = WeakSet()
+
+
+class Layerwise:
+    """A decoder taken apart: arguments of its layers, its layers, what follows them, its head.
+
+    It keeps the model's configs as they are when it is made, so it belongs to the attention that is active then.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model with a list of decoder layers.
+
+    Attributes:
+        layers (`nn.ModuleList`): the model's own layers.
+        norm (`nn.Sequential`): what the model applies between the last layer and the head, nearly always one norm.
+
+    Raises:
+        ValueError: if the model does something between its layers and its head that is no call of a module.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.layers = model, decoder_layers(model)
+        base = model.base_model
+        if base is model:
+            raise ValueError(f"{type(model).__name__} has no base model below its head, so it can't be run by layers.")
+        self._noted: list[Any] = []
+        recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
+        self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
+        self.norm = self._probe(base)
+        self._row_dims: list[Any] = []
+
+    def record(self, **inputs: Any) -> Recording:
+        """Return what the base model's forward over `inputs` (its own keywords) would pass to each layer."""
+        self._noted.clear()
+        self._recorder(**inputs, return_dict=True)
+        noted = list(self._noted)
+        return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
+
+    def compare(self, one: Recording, two: Recording) -> None:
+        """Learn from recordings of one token and of two where in the arguments the tokens lie; `join` needs it."""
+        self._row_dims = [_row_dims(a, b) for a, b in zip(one.calls, two.calls, strict=True)]
+
+    def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
+        """Return the arguments of layer `layer` for the tokens of several recordings together, on `cache` at `step`.
+
+        Args:
+            recordings (`list[Recording]`): of consecutive tokens of one row.
+        """
+        parts = [recording.calls[layer] for recording in recordings]
+        return cast(LayerCall, _joined(parts, self._row_dims[layer], cache, step))
+
+    def tail(self, head: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return a function from the LM head's input `[..., H]` to logits, soft-caps and scales included.
+
+        Args:
+            head (`nn.Module`, *optional*): takes the place of the model's own head.
+        """
+        changes: dict[int, nn.Module] = {id(self.model.base_model): _Passes()}
+        if head is not None:
+            changes[id(self.model.get_output_embeddings())] = head
+        model = cast(Callable[..., Any], exchanged(self.model, changes))
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            rows = hidden.reshape(1, -1, hidden.shape[-1])
+            logits = model(inputs_embeds=rows, use_cache=False, return_dict=True).logits
+            return logits.view(*hidden.shape[:-1], -1)
+
+        return run
+
+    def record_at(self, runner: ModelRunner, tokens: torch.Tensor, start: int) -> Recording:
+        """Return the recording of `tokens` `[1, m]` that lie from position `start` on, over the runner's cache."""
+        step = runner.cache.begin(Step([start], tokens.shape[1], runner.device))
+        return self.record(**runner.inputs(tokens, step))
+
+    def check(self, runner: ModelRunner, token: torch.Tensor, position: int, logits: torch.Tensor) -> None:
+        """Learn how to join recordings, and compare a run by layers with the model's own, once per model.
+
+        Args:
+            token (`torch.Tensor` of shape `[1, 1]`): the newest token that the cache holds,
+            position (`int`): and its place.
+            logits (`torch.Tensor` of shape `[1, 1, V]`): the model's own of what follows it.
+
+        Raises:
+            ValueError: if the layers, called one by one, don't give the same logits.
+        """
+        one = self.record_at(runner, token, position)
+        self.compare(one, self.record_at(runner, token.expand(1, 2), position))
+        if self.model in _checked:
+            return
+        rows = Rows(self, runner, 1)
+        rows.begin(position)
+        rows.push(token)
+        while rows.depths[0] < len(self.layers):
+            rows.advance()
+        found = self.tail()(self.norm(rows.states))
+        if not torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
+            raise ValueError(
+                f"{type(self.model).__name__} can't be run by layers: its logits differ by "
+                f"{float((found - logits).abs().max()):.3g} from its own forward's."
+            )
+        _checked.add(self.model)
+
+    def _note(self, _: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._noted.append((hidden_states, args, kwargs))
+        return hidden_states
+
+    def _probe(self, base: nn.Module) -> nn.Sequential:
+        """Find what follows the layers, by watching a forward without layers."""
+        after: list[tuple[nn.Module, Any, Any]] = []
+
+        def watch(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            output = module(*args, **kwargs)
+            if len(self._noted) == len(self.layers):
+                after.append((module, args[0] if args else None, output))
+            return output
+
+        recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
+        outside = {id(module): Proxy(module, watch) for module in _beside(base, self.layers)}
+        watched = cast(Callable[..., Any], exchanged(base, {**outside, id(self.layers): recorders}))
+        self._noted.clear()
+        with torch.no_grad():
+            device = cast(torch.Tensor, self.model.get_input_embeddings().weight).device
+            tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
+            # the mask says that the token, which may be the padding's, is none
+            output = watched(input_ids=tokens, attention_mask=tokens + 1, use_cache=False, return_dict=True)
+        last = output.last_hidden_state
+        hidden, norms = self._noted[-1][0] if self._noted else last, []
+        for module, given, result in after:
+            if given is hidden:
+                norms.append(module)
+                hidden = result
+        same = hidden.data_ptr() == last.data_ptr() and hidden.shape == last.shape  # some reshape it to what it was
+        if not same or len(self._noted) != len(self.layers):
+            raise ValueError(
+                f"{type(self.model).__name__} can't be run by layers: its forward does more around them than call one "
+                "module after the other."
+            )
+        return nn.Sequential(*norms)
+
+
+class Rows:
+    """Neighbouring tokens of one text at unequal depths, with their states parked in one buffer.
+
+    The catch-up rule: a layer call takes the newest row and every earlier row that is exactly as deep. So depths never
+    increase from row to row, rows of one depth are neighbours, and every row passes every layer once, when the keys
+    and values of all earlier rows are there: states and cache are those of a plain forward.
+
+    Args:
+        parts (`Layerwise`): the model.
+        runner (`ModelRunner`): its cache.
+        limit (`int`): rows at most.
+
+    Attributes:
+        depths (`list[int]`): layers that each row has passed.
+        recordings (`list[Recording]`): of each row.
+        states (`torch.Tensor` of shape `[1, limit, H]`): each row's state at its depth.
+        layer_calls, row_layers (`int`): layers called, and the sum of the rows that they took.
+    """
+
+    def __init__(self, parts: Layerwise, runner: ModelRunner, limit: int) -> None:
+        self.parts, self.runner, self.limit = parts, runner, limit
+        self.depths: list[int] = []
+        self.recordings: list[Recording] = []
+        self.layer_calls = self.row_layers = self.start = 0
+        self.states: Any = None  # allocated for the first row's dtype and device
+        self._steps: dict[int, Step] = {}
+
+    def begin(self, start: int) -> None:
+        """Forget the rows; the next one lies at position `start`."""
+        self.start, self.depths, self.recordings = start, [], []
+
+    def push(self, token: torch.Tensor) -> None:
+        """Add a row at depth 0: the token `[1, 1]` that follows the last row's."""
+        row = len(self.depths)
+        recording = self.parts.record_at(self.runner, token, self.start + row)
+        self._steps = {row: cast(Step, self.runner.cache.step)}  # steps end at the newest row
+        if self.states is None:
+            self.states = recording.hidden.new_empty(1, self.limit, recording.hidden.shape[-1])
+        self.states[:, row : row + 1] = recording.hidden
+        self.depths.append(0)
+        self.recordings.append(recording)
+
+    def advance(self) -> int:
+        """Run the next layer on the newest row and on all rows as deep; return the first of them."""
+        layer, count = self.depths[-1], len(self.depths)
+        first = self.depths.index(layer)
+        if first not in self._steps:
+            self._steps[first] = Step([self.start + first], count - first, self.runner.device)
+        step = self.runner.cache.step = self._steps[first]
+        if first == count - 1:
+            call = self.recordings[first].calls[layer]
+        else:
+            call = self.parts.join(layer, self.recordings[first:], self.runner.cache, step)
+        rows = self.states[:, first:count]
+        rows.copy_(run_layer(self.parts.layers[layer], rows, call))
+        self.depths[first:] = [layer + 1] * (count - first)
+        self.layer_calls += 1
+        self.row_layers += count - first
+        return first
+
+
+@contextmanager
+def watched(model: PreTrainedModel, depths: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the states `[n, m, H]` after some numbers of layers, of all tokens fed inside the context, by depth."""
+    found: dict[int, torch.Tensor] = {}
+
+    def take(depth: int, output: Any) -> None:
+        states = _states(output)
+        found[depth] = torch.cat([found[depth], states], dim=1) if depth in found else states
+
+    layers = decoder_layers(model)
+    handles = [
+        layers[depth - 1].register_forward_hook(lambda _, __, output, depth=depth: take(depth, output))
+        for depth in depths
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
+    """Return a shallow copy of `module` with some submodules exchanged; all else is shared, and nothing is changed.
+
+    Hooks of the copied modules (those on the way to an exchanged one) are not taken along.
+
+    Args:
+        changes (`dict[int, nn.Module]`): what stands in for a submodule, by the submodule's `id`.
+    """
+    if id(module) in changes:
+        return changes[id(module)]
+    children = {name: child and exchanged(child, changes) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    twin = copy.copy(module)
+    twin._modules = children
+    unhook(twin)
+    return twin
+
+
+class Proxy(nn.Module):
+    """Stands in for a module: calls go to `run(module, ...)`, attributes come from the module."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(_module=module, _run=run)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `run`."""
+        return self._run(self._module, *args, **kwargs)
+
+
+class _Passes(nn.Module):
+    """Stands in for a base model: its embeddings are its output."""
+
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        return _Output(last_hidden_state=cast(torch.FloatTensor, inputs_embeds))
+
+
+class _Output(BaseModelOutputWithPast):
+    """An output in which whatever a family adds to it is `None`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def _beside(module: nn.Module, layers: nn.Module) -> list[nn.Module]:
+    """Return the modules next to `layers`, at its own level and those above."""
+    if not any(child is layers for child in module.modules()):
+        return [module]
+    return [m for child in module.children() if child is not layers for m in _beside(child, layers)]
+
+
+def _row_dims(one: Any, two: Any) -> Any:
+    """Return, in the structure of a layer's arguments, the dimension that differs between one token and two."""
+    if isinstance(one, torch.Tensor):
+        differs = [dim for dim in range(one.dim()) if one.shape[dim] != two.shape[dim]]
+        return differs[0] if differs else None
+    if isinstance(one, dict):
+        return {key: _row_dims(value, two[key]) for key, value in one.items()}
+    if isinstance(one, (tuple, list)):
+        return tuple(_row_dims(a, b) for a, b in zip(one, two, strict=True))
+    return None
+
+
+def _joined(parts: Sequence[Any], dims: Any, cache: Cache, step: Step) -> Any:
+    """Join the same argument of several recordings; what does not depend on the token is taken from the last."""
+    last = parts[-1]
+    if isinstance(last, Cache):
+        return cache
+    if isinstance(last, Step):
+        return step
+    if isinstance(last, torch.Tensor) and dims is not None and len(parts) > 1:
+        key = tuple(id(part) for part in parts)
+        return step.memo(key, lambda: torch.cat(list(parts), dim=dims))
+    if isinstance(last, dict):
+        return {key: _joined([p[key] for p in parts], dims[key], cache, step) for key in last}
+    if isinstance(last, tuple):
+        joined = [_joined([p[i] for p in parts], dims[i], cache, step) for i in range(len(last))]
+        return type(last)(*joined) if hasattr(last, "_fields") else tuple(joined)
+    return last
