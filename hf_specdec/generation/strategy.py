@@ -32,7 +32,7 @@ class Draft:
     Args:
         tokens (`torch.Tensor` of shape `[n, k]`, int64): proposals; k may be 0.
         counts (`list[int]`): how many of each row's k are real.
-        distribution (`torch.Tensor` of shape `[n, k or k + 1, V]`, float32, *optional*): the distribution that each
+        distributions (`torch.Tensor` of shape `[n, k or k + 1, V]`, float32, *optional*): the distribution that each
             token was drawn from. `None` says that each token is a point mass, and is always right for greedy
             decoding. See `acceptance` for distributions of mass below 1.
         hidden (`torch.Tensor` of shape `[n, k, H]`, *optional*): the drafter's LM head input at each proposal.
