@@ -268,7 +268,8 @@ def test_links_lead_somewhere(page):
 def test_every_public_name_is_in_the_reference():
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
     documented = set(re.findall(r"^::: hf_specdec\.(\w+)$", text, re.MULTILINE))
-    assert documented == set(hf_specdec.__all__)
+    modules = {path.stem for path in (ROOT / "hf_specdec").glob("*.py")}  # a whole module may have an entry, too
+    assert documented - modules == set(hf_specdec.__all__)
 
 
 def test_docstrings_of_the_dialect_become_googles():
