@@ -206,6 +206,14 @@ def drafter_name(chosen: SpeculationConfig | str | None) -> str:
     return "assisted" if chosen is None else chosen if isinstance(chosen, str) else chosen.strategy
 
 
+def _named_drafter(name: str) -> SpeculationConfig:
+    try:
+        config: SpeculationConfig = preset(name)
+    except ValueError as error:
+        raise ValueError(f"`drafter={name!r}`: {error}") from error
+    return config
+
+
 def chosen_drafter(
     chosen: SpeculationConfig | str | None,
     assistant: PreTrainedModel | None,
@@ -224,13 +232,10 @@ def chosen_drafter(
         ValueError: for an unknown name, and for a strategy that doesn't draft apart from verifying, can't stop early
             where it should, or has shared fields of its own.
     """
-    if isinstance(chosen, str):
-        try:
-            chosen = preset(chosen)
-        except ValueError as error:
-            raise ValueError(f"`drafter={chosen!r}`: {error}") from error
     if chosen is None:
         return AssistantDrafter(cast(PreTrainedModel, assistant), settings.num_assistant_tokens, stop, settings)
+    if isinstance(chosen, str):
+        chosen = _named_drafter(chosen)
     for name, neutral in (("compile", None), ("kernels", "auto")):
         value = getattr(chosen, name)
         if value == neutral or (settings.has_field(name) and value == getattr(settings, name)):

@@ -67,8 +67,8 @@ class ViaSDStrategy(SpeculationStrategy):
         inner = chosen_drafter(chosen, self.assistant_model, config, config.draft_stop)
         if config.tiered and inner.needs_target_pass_every_round:
             raise ValueError(
-                f"`drafter={drafter_name(chosen)!r}` learns from every pass of the model, and mode='lossy' leaves passes out; use it "
-                "with mode='lossless', or another drafter."
+                f"`drafter={drafter_name(chosen)!r}` learns from every pass of the model, and mode='lossy' leaves "
+                "passes out; use it with mode='lossless', or another drafter."
             )
         return SlimDrafter(config, inner)
 
