@@ -14,6 +14,7 @@ from . import artefacts
 from ._version import __version__
 from .artefacts import ADAPTER_NAME as ADAPTER_NAME
 from .artefacts import CONFIG_NAME as CONFIG_NAME
+from .artefacts import AdapterReference
 from .card import write_card
 from .hub import push_config
 from .registry import config_class
@@ -176,12 +177,12 @@ class SpeculationConfig:
         values = self.to_dict()
         adapter = getattr(self, "adapter", None)
         if adapter is not None:
-            values["adapter"] = artefacts.copy_adapter(adapter, folder)
+            values["adapter"] = AdapterReference.find(adapter).copy(folder)
         for own in fields(self):
             nested = getattr(self, own.name)
             if isinstance(nested, SpeculationConfig):
                 values[own.name] = nested._saved(folder / own.name)
-                if artefacts.files_of({own.name: values[own.name]}, str(folder)):
+                if artefacts.files_of({own.name: values[own.name]}, folder):
                     artefacts.write_values(folder / own.name, values[own.name])
         return values
 
@@ -264,24 +265,15 @@ def load_config(folder: Path) -> SpeculationConfig:
         ValueError: for a file that is not JSON, or settings that `SpeculationConfig.from_dict` refuses.
     """
     values = artefacts.read_values(folder)
-    artefacts.files_of(values, artefacts.place(folder))
+    located = artefacts.with_adapters(values, folder, lambda adapter: adapter.name)
     try:
-        return SpeculationConfig.from_dict(_located(values, folder))
+        return SpeculationConfig.from_dict(located)
     except (ValueError, TypeError) as error:
         message = f"{CONFIG_NAME} in {artefacts.place(folder)}: {error}"
         version = values.get("hf_specdec_version", __version__)
         if isinstance(version, str) and _release(version) > _release(__version__):
             message += f" It was written by hf_specdec {version}, this is {__version__}: pip install -U hf-specdec."
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
-
-
-def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return settings whose records of adapters are replaced by the folders in which the adapters lie."""
-    found = {
-        name: _located(value, folder / name) if isinstance(value, dict) and name != "adapter" else value
-        for name, value in values.items()
-    }
-    return {**found, "adapter": str(folder)} if isinstance(found.get("adapter"), dict) else found
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -119,7 +119,8 @@ def save_strategy(model: PreTrainedModel, folder: str | Path) -> None:
         strategy, settings = resolved.strategy, resolved.to_dict()
     elif strategy.partition(":")[0] not in STRATEGIES:
         strategy = _absolute(strategy)
-    config.assistant_strategy, config.assistant_strategy_config = strategy, _absolute_adapters(settings)
+    config.assistant_strategy = strategy
+    config.assistant_strategy_config = None if settings is None else _absolute_adapters(settings)
     # a config that was derived from the model's own loses unknown entries when it is read back
     config._from_model_config = False
     config.save_pretrained(folder)
@@ -129,14 +130,10 @@ def _absolute(name_or_path: str) -> str:
     return str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
 
 
-def _absolute_adapters(settings: Any) -> Any:
+def _absolute_adapters(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings, those nested in them included, that find local adapters from anywhere."""
-    if isinstance(settings, SpeculationConfig):
-        settings = settings.to_dict()
-    if not isinstance(settings, dict):
-        return settings
-    found = {name: _absolute_adapters(value) for name, value in settings.items()}
-    return {**found, "adapter": _absolute(found["adapter"])} if isinstance(found.get("adapter"), str) else found
+    plain = {name: v.to_dict() if isinstance(v, SpeculationConfig) else v for name, v in settings.items()}
+    return artefacts.with_adapters(plain, Path(), lambda adapter: _absolute(adapter.name))
 
 
 def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:

@@ -227,7 +227,7 @@ class SPDStrategy(SpeculationStrategy):
 
     def _terms(self, state: DecodingState) -> dict[str, str]:
         """Return what all ranks must agree on."""
-        record, _ = read_record(cast(str, self.config.adapter), KIND)
+        record = read_record(cast(str, self.config.adapter), KIND).record
         return {
             "protocol": str(_PROTOCOL),
             "inputs": _digest([state.prompt.ids.tolist(), state.prompt.mask.tolist()]),
