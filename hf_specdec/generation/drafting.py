@@ -11,7 +11,7 @@ from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
 from ..kernels.step import upload
-from ..registry import strategy_class
+from ..registry import preset, strategy_class
 from . import admission, programs
 from .models.draft_model import load_draft
 from .models.vocabulary import pad_vocabulary, vocabulary_width
@@ -205,29 +205,51 @@ class NoDrafter(Drafter):
         return Draft.empty(state)
 
 
+def drafter_name(chosen: SpeculationConfig | str | None) -> str:
+    """Return what messages call the drafter that a config's field `drafter` names."""
+    return "assisted" if chosen is None else chosen if isinstance(chosen, str) else chosen.strategy
+
+
+def _named_drafter(name: str) -> SpeculationConfig:
+    try:
+        config: SpeculationConfig = preset(name)
+    except ValueError as error:
+        raise ValueError(f"`drafter={name!r}`: {error}") from error
+    return config
+
+
 def chosen_drafter(
-    chosen: SpeculationConfig | None, assistant: PreTrainedModel | None, settings: SpeculationConfig, stop: float = 0.0
+    chosen: SpeculationConfig | str | None,
+    assistant: PreTrainedModel | None,
+    settings: SpeculationConfig,
+    stop: float = 0.0,
 ) -> Drafter:
     """Return the drafter that a config's field `drafter` names, the assistant's by default.
 
     Args:
-        chosen (`SpeculationConfig`, *optional*): the field.
+        chosen (`SpeculationConfig` or `str`, *optional*): the field; a string is a strategy's or preset's name.
         assistant (`PreTrainedModel`, *optional*): what was passed as `assistant_model`.
         settings (`SpeculationConfig`): the config that has the field; its shared fields apply to the drafter too.
         stop (`float`, *optional*, defaults to 0.0): as for `AssistantDrafter`.
 
     Raises:
-        ValueError: for a strategy that doesn't draft apart from verifying, can't stop early where it should, or has
-            shared fields of its own.
+        ValueError: for an unknown name, and for a strategy that doesn't draft apart from verifying, can't stop early
+            where it should, or has shared fields of its own.
     """
-    shared = {name: getattr(settings, name) for name in ("num_assistant_tokens", "compile", "kernels")}
     if chosen is None:
         return AssistantDrafter(cast(PreTrainedModel, assistant), settings.num_assistant_tokens, stop, settings)
+    if isinstance(chosen, str):
+        chosen = _named_drafter(chosen)
     for name, neutral in (("compile", None), ("kernels", "auto")):
-        if getattr(chosen, name) not in (neutral, shared[name]):
-            raise ValueError(
-                f"`drafter.{name}={getattr(chosen, name)!r}`: set `{name}` beside `drafter`, it counts for both."
-            )
+        value = getattr(chosen, name)
+        if value == neutral or (settings.has_field(name) and value == getattr(settings, name)):
+            continue
+        advice = f"set `{name}` beside `drafter`, it counts for both"
+        if not settings.has_field(name):
+            advice = f"{settings.strategy!r} has no `{name}`, so its drafter can't have one"
+        raise ValueError(f"`drafter.{name}={value!r}`: {advice}.")
+    names = ("num_assistant_tokens", "compile", "kernels")
+    shared = {n: getattr(settings, n) for n in names if settings.has_field(n) and chosen.has_field(n)}
     chosen = chosen.override(**shared)
     drafter = strategy_class(chosen.strategy)(chosen, assistant).drafter
     if drafter is None:

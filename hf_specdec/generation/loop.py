@@ -6,6 +6,7 @@ wrapper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,7 @@ class DecodingLoop:
         generation_config: GenerationConfig | None = None,
         synced_gpus: bool = False,
         streamer: Any = None,
+        windows: Sequence[int | None] | None = None,
         **model_kwargs: Any,
     ) -> SpeculationOutput | torch.Tensor:
         """Generate, called by `generate()` with everything prepared.
@@ -73,6 +75,7 @@ class DecodingLoop:
         Args:
             model (`PreTrainedModel`): the target.
             input_ids (`torch.Tensor` of shape `[b, T]`, int64): prompts, left-padded.
+            windows (`list`, *optional*): what `admission.admit` returned for the call, where it has run already.
 
         Returns:
             The sequences `[b, T + new]`, or a `SpeculationOutput` with `return_dict_in_generate=True`.
@@ -83,8 +86,10 @@ class DecodingLoop:
         if generation_config is None:
             raise ValueError("`DecodingLoop` is called by `generate()`: pass it as `custom_generate=`.")
         strategy = self.make_strategy()
+        if windows is None:
+            windows = admission.admit(model, generation_config, synced_gpus)
         state, emitter = self._prepare(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs,
+            model, input_ids, logits_processor, stopping_criteria, generation_config, list(windows), model_kwargs,
             self.streamer if self.streamer is not None else streamer, strategy,
         )  # fmt: skip
         past = model_kwargs.get("past_key_values")
@@ -125,15 +130,13 @@ class DecodingLoop:
         processors: LogitsProcessorList | None,
         criteria: StoppingCriteriaList | None,
         generation_config: GenerationConfig,
-        synced_gpus: bool,
+        windows: list[int | None],
         model_kwargs: dict[str, Any],
         streamer: Any,
         strategy: SpeculationStrategy,
     ) -> tuple[DecodingState, Emitter]:
         """Check the call and build its state; nothing has been computed or changed by then."""
-        windows = admission.layer_windows(model)
-        admission.check_config(generation_config)
-        admission.check_call(model, model_kwargs, synced_gpus)
+        admission.check_arguments(model_kwargs)
         programs.check(self.config.compile, self.config.kernels, model)
         strategy.prepare(model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])

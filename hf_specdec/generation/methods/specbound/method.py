@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -63,6 +64,9 @@ class SpecBoundConfig(SpeculationConfig):
 
     strategy = "specbound"
 
+    _replaced = {"compile": "layers are run one by one, so nothing can be compiled"}
+
+    compile: ClassVar[None] = None  # type: ignore[misc]
     num_assistant_tokens: int = 6
     alpha: float | None = None
     tau: float = 0.8

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
-from ....registry import preset
-from ...drafting import NoDrafter, chosen_drafter
+from ...drafting import NoDrafter, chosen_drafter, drafter_name
 from ...runner import Forward
 from ...state import DecodingState
 from ...strategy import Drafter, SpeculationStrategy, StepResult
@@ -65,14 +64,11 @@ class ViaSDStrategy(SpeculationStrategy):
         config, chosen = self.config, self.config.drafter
         if chosen == "slim":
             return SlimDrafter(config, NoDrafter())
-        if isinstance(chosen, str):
-            chosen = preset(chosen)
         inner = chosen_drafter(chosen, self.assistant_model, config, config.draft_stop)
         if config.tiered and inner.needs_target_pass_every_round:
-            name = chosen.strategy if chosen is not None else "assisted"
             raise ValueError(
-                f"`drafter={name!r}` learns from every pass of the model, and mode='lossy' leaves passes out; use it "
-                "with mode='lossless', or another drafter."
+                f"`drafter={drafter_name(chosen)!r}` learns from every pass of the model, and mode='lossy' leaves "
+                "passes out; use it with mode='lossless', or another drafter."
             )
         return SlimDrafter(config, inner)
 
