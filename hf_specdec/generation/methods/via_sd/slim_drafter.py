@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ....cache.speculative import SpeculativeCache
+from ....kernels.step import ForwardRequest
 from ... import acceptance
 from ...drafting import Reader
 from ...runner import ModelRunner
@@ -179,9 +180,9 @@ class SlimDrafter(Drafter):
             skipped_share=slim.units.share(slim.found.keep),
         )
 
-    def prefill_kwargs(self, state: DecodingState) -> dict[str, Any]:
+    def prefill_request(self, state: DecodingState) -> ForwardRequest:
         """Return the inner drafter's."""
-        return self.inner.prefill_kwargs(state)
+        return self.inner.prefill_request(state)
 
     def prefill(self, state: DecodingState) -> None:
         """Let both tiers read the prompts."""
@@ -326,9 +327,9 @@ class SlimDrafter(Drafter):
             limit = cast(int, self.inner.limit) + (2 if whole else -1)
             self.inner.limit = max(1, min(LONGEST_DRAFT, limit))
 
-    def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
+    def verify_request(self, state: DecodingState, draft: Draft) -> ForwardRequest:
         """Return the inner drafter's."""
-        return self.inner.verify_kwargs(state, draft)
+        return self.inner.verify_request(state, draft)
 
     def commit(self, state: DecodingState) -> None:
         """Let both tiers take note of the text."""
