@@ -134,6 +134,7 @@ class SpeculationStrategy:
 
     config_class: ClassVar[type[SpeculationConfig]] = SpeculationConfig
     paper: ClassVar[str] = ""
+    page: ClassVar[str] = ""  # of docs/; `<name>.md` by default, and strategies may share one
     needs_assistant: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
     batched: ClassVar[bool] = True  # False: the loop decodes the rows in turn
