@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ....configuration import SpeculationConfig
-from ....kernels.step import upload
 from ... import acceptance
 from ...drafting import AssistantDrafter, chosen_drafter, drafter_name
 from ...runner import Forward
@@ -200,7 +199,7 @@ class DiversedStrategy(SpeculationStrategy):
         """Judge the drafts against the mixture, at the positions that predict them."""
         scores = state.process(target.logits, draft.tokens)
         p, tokens, k = state.distribution(scores), draft.tokens, draft.tokens.shape[1]
-        counts = upload(draft.counts, p.device)
+        counts = draft.counts_on_device
         q = (
             draft.distributions
             if draft.distributions is not None

@@ -220,10 +220,10 @@ class SPDStrategy(SpeculationStrategy):
             yield
             if self.controls:
                 self.ranks.command(STOP, 0)
-            result = torch.cat([state.ids.flatten().cpu(), torch.tensor(state.columns)])
+            text = state.text
+            result = torch.cat([text.host.flatten(), torch.tensor(text.columns)])
             self.ranks.share(result)
-            state.columns = result[-state.batch :].tolist()
-            state.ids.copy_(result[: -state.batch].view_as(state.ids))
+            text.replace(result[: -state.batch].view_as(text.host), result[-state.batch :].tolist())
 
     def _terms(self, state: DecodingState) -> dict[str, str]:
         """Return what all ranks must agree on."""

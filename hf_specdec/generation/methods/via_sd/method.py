@@ -78,7 +78,6 @@ class ViaSDStrategy(SpeculationStrategy):
         self.tiers = None
         if self.config.tiered:
             self.tiers = Tiers(self.config, self.drafter, state)
-            state.followers.append(self.tiers)
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the prompts through all tiers."""
@@ -97,11 +96,11 @@ class ViaSDStrategy(SpeculationStrategy):
         if self.tiers is not None:
             self.tiers.commit(state, kept)
 
-    def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
+    def clean_length(self, state: DecodingState, layer_idx: int, row: int) -> int:
         """Return what the model has read: behind it lie the slim verifier's states, in some layers."""
-        text = super().clean_length(state, layer_idx, slot)
+        text = super().clean_length(state, layer_idx, row)
         # a criterion may have cut the text since
-        return text if self.tiers is None else min(self.tiers.read[slot], text)
+        return text if self.tiers is None else min(self.tiers.read[row], text)
 
     def close(self, state: DecodingState) -> None:
         """Report the tiers."""
