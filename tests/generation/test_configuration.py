@@ -106,8 +106,9 @@ def kept(values):
     return {name: kept(v) if isinstance(v, dict) else v for name, v in upgraded.items() if name not in cls._replaced}
 
 
-def test_the_saved_settings_are_of_all_strategies():
-    assert {values["strategy"] for values in SAVED} == set(STRATEGIES)
+def test_the_saved_settings_are_of_all_strategies_of_that_release():
+    saved = {values["strategy"] for values in SAVED}
+    assert len(saved) == 8 and saved <= set(STRATEGIES)
 
 
 @pytest.mark.parametrize("values", SAVED, ids=lambda values: values["strategy"])
