@@ -90,7 +90,8 @@ def test_text_and_statistics_are_those_of_the_keyword(strategy, llama, tmp_path)
     assert isinstance(out, SpeculationOutput)
     assert torch.equal(out.sequences, stock)
     assert torch.equal(ids, stock)
-    assert out.speculation.to_dict() == expected.speculation.to_dict()
+    found, wanted = (stats and stats.to_dict() for stats in (out.speculation, expected.speculation))
+    assert found == wanted and (found is not None or strategy == "plain")  # which speculates nothing
 
 
 def test_a_streamer_gets_the_prompt_and_every_token_once(uninstalled, vegas, llama):

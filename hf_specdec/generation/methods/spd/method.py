@@ -39,6 +39,7 @@ from ...models.adapters import describe, read_record
 from ...models.surgery import decoder_layers
 from ...runner import Forward
 from ...state import DecodingState
+from ...stats import SpeculationStats
 from ...strategy import SpeculationStrategy, StepResult
 from .depth_map import DepthMap
 from .draft_module import KIND, DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
@@ -166,6 +167,11 @@ class SPDStrategy(SpeculationStrategy):
         self.rows = self.ticks = self.rejections = self.outside = self.emitted = 0
         self.judged: Counter[int] = Counter()  # drafts by how many tokens were in flight before them
         self.accepted: Counter[int] = Counter()
+
+    @classmethod
+    def round_ms(cls, stats: SpeculationStats, draft_ms: float, verify_ms: float) -> float:
+        """Return the milliseconds of a tick: a token takes less than a forward, or several, and drafts meanwhile."""
+        return verify_ms * stats.target_forwards / stats.method["ticks"]
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Load the draft module, and check the stages against the model's layers and the adapter's."""

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ...drafting import NoDrafter, chosen_drafter, drafter_name
 from ...runner import Forward
 from ...state import DecodingState
+from ...stats import SpeculationStats
 from ...strategy import Drafter, SpeculationStrategy, StepResult
 from .config import ViaSDConfig
 from .slim_drafter import SlimDrafter
@@ -71,6 +72,13 @@ class ViaSDStrategy(SpeculationStrategy):
                 "passes out; use it with mode='lossless', or another drafter."
             )
         return SlimDrafter(config, inner)
+
+    @classmethod
+    def round_ms(cls, stats: SpeculationStats, draft_ms: float, verify_ms: float) -> float:
+        """Return the milliseconds of an average round; one of the tiers need not have a verification."""
+        spent = super().round_ms(stats, draft_ms, verify_ms)
+        tiered = sum(stats.method.get(f"{kind}_rounds", 0) for kind in ("tiered", "strict", "forced"))
+        return (spent * stats.target_forwards + 1000 * stats.seconds.get("slim", 0.0)) / tiered if tiered else spent
 
     def setup(self, state: DecodingState) -> None:
         """Prepare the tiers."""
