@@ -7,25 +7,23 @@ streams and rolls back.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
-from ..kernels.step import upload
+from ..kernels.step import TOKENS_ONLY, ForwardRequest, upload
 from . import acceptance, programs
 from .runner import Forward, ModelRunner
+from .state import DecodingState
 
 
-if TYPE_CHECKING:
-    from .state import DecodingState
-
-
-@dataclass
+@dataclass(frozen=True)
 class Draft:
     """Proposed tokens.
 
@@ -42,6 +40,11 @@ class Draft:
     counts: list[int]
     distributions: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+
+    @functools.cached_property
+    def counts_on_device(self) -> torch.Tensor:
+        """`counts` as int64 `[n]` beside `tokens`, for the acceptance rules."""
+        return upload(self.counts, self.tokens.device)
 
     @classmethod
     def empty(cls, state: DecodingState) -> Draft:
@@ -93,9 +96,9 @@ class Drafter:
     def prefill(self, state: DecodingState) -> None:
         """Read the active rows' prompts, where the drafter needs them."""
 
-    def prefill_kwargs(self, state: DecodingState) -> dict[str, Any]:
-        """Return options of the target's forward over the last prompt token."""
-        return {}
+    def prefill_request(self, state: DecodingState) -> ForwardRequest:
+        """Return what the target's forward over the last prompt token is asked for."""
+        return TOKENS_ONLY
 
     def propose(self, state: DecodingState) -> Draft:
         """Return drafts for the active rows."""
@@ -109,9 +112,9 @@ class Drafter:
         """
         raise NotImplementedError
 
-    def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
-        """Return options of the target's forward that judges `draft`."""
-        return {}
+    def verify_request(self, state: DecodingState, draft: Draft) -> ForwardRequest:
+        """Return what the target's forward that judges `draft` is asked for."""
+        return TOKENS_ONLY
 
     def commit(self, state: DecodingState) -> None:
         """Take note of the tokens that were emitted (`state.committed`)."""
@@ -207,8 +210,8 @@ class SpeculationStrategy:
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the active rows' prompts and return the forward over each row's last prompt token (`m = 1`)."""
-        options = {} if self.drafter is None else self.drafter.prefill_kwargs(state)
-        first = state.prefill(hidden=self.hidden, **options)
+        request = TOKENS_ONLY if self.drafter is None else self.drafter.prefill_request(state)
+        first = state.prefill(request._replace(hidden=self.hidden))
         if self.drafter is not None:
             self.drafter.prefill(state)
         return first
@@ -219,13 +222,14 @@ class SpeculationStrategy:
 
     def verify(self, state: DecodingState, draft: Draft) -> Forward:
         """Run the target over each row's pending token and drafts; logits `[n, k + 1, V]`."""
-        options = {} if self.drafter is None else self.drafter.verify_kwargs(state, draft)
-        return state.forward(torch.cat([state.pending, draft.tokens], dim=1), hidden=self.hidden, **options)
+        request = TOKENS_ONLY if self.drafter is None else self.drafter.verify_request(state, draft)
+        tokens = torch.cat([state.pending, draft.tokens], dim=1)
+        return state.forward(tokens, request=request._replace(hidden=self.hidden))
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""
         scores = state.process(target.logits, draft.tokens)
-        counts = upload(draft.counts, scores.device)
+        counts = draft.counts_on_device
         if state.do_sample:
             distribution = torch.softmax(scores, dim=-1)
             verdict = acceptance.speculative_sample(draft.tokens, counts, distribution, draft.distributions)
@@ -255,9 +259,9 @@ class SpeculationStrategy:
         if self.drafter is not None:
             self.drafter.commit(state)
 
-    def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
-        """Return how many tokens of a slot layer `layer_idx` holds exactly as a fresh forward would (for tests)."""
-        return state.committed[slot] - 1
+    def clean_length(self, state: DecodingState, layer_idx: int, row: int) -> int:
+        """Return how many tokens of a row layer `layer_idx` holds exactly as a fresh forward would."""
+        return state.text.lengths([row])[0] - 1
 
     def follow(self, state: DecodingState) -> None:
         """Serve the controlling process until it has decoded all rows; only where `controls` is `False`."""

@@ -25,6 +25,7 @@ from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import Forward, ModelRunner
 from hf_specdec.kernels import choice
 from hf_specdec.kernels.dispatch import register, speculative_attention
+from hf_specdec.kernels.step import ForwardRequest
 
 
 COMPILED = (
@@ -174,7 +175,7 @@ def test_a_forward_of_another_shape_runs_uncaptured(recorded, llama):
         ]
         for start, width in ((0, 1), (1, 3), (4, 2), (6, 1), (7, 4)):
             part = llama.ids[:1, start : start + width]
-            found, expected = (runner.forward(part, [start], hidden=True) for runner in runners)
+            found, expected = (runner.forward(part, [start], ForwardRequest(hidden=True)) for runner in runners)
             torch.testing.assert_close(found.logits, expected.logits)
             torch.testing.assert_close(found.hidden, expected.hidden)
     assert recorded["captured"] == 2
@@ -227,8 +228,13 @@ def test_what_cannot_be_captured_is_refused(llama):
     with pytest.raises(ValueError, match="`compile='graphs'` captures CUDA graphs, so `model` must be on one CUDA"):
         generate(llama, "plain", llama.one, "graphs")
     for strategy in ("specbound", "via_sd", "spd"):
-        with pytest.raises(ValueError, match=f"`compile='inductor'` is not available for the strategy '{strategy}'"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'compile'"):
             generate(llama, strategy, llama.one, "inductor")
+    slim = DiversedConfig(weight=1.0, drafter=families.configured("via_sd:slim"), compile="inductor")
+    with pytest.raises(ValueError, match="`compile='inductor'` is not available for the strategy 'diversed'"):
+        generate_with(llama, slim)
+    with pytest.raises(ValueError, match="`drafter.compile='inductor'`: 'via_sd' has no `compile`"):
+        generate_with(llama, families.configured("via_sd").override(drafter=VegasConfig(compile="inductor")))
     with pytest.raises(
         ValueError, match="`compile` must be one of None, 'graphs', 'inductor', 'graphs.inductor', got 'fast'"
     ):
