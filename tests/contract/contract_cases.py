@@ -12,17 +12,14 @@ import functools
 import pytest
 import torch
 from families import NAMES, family
+from tiers import FULL, SOME
 
 from hf_specdec import on_speculation
 from hf_specdec.registry import presets
 
 
-FULL = pytest.mark.full
-
 BASES = [name for name in presets() if ":" not in name]
 VARIANTS = [name for name in presets() if ":" in name]
-# families that differ in what matters away from the attention itself: plain, hybrid windows, learned positions
-SOME = ["llama", "gemma3", "gpt2"]
 some_families = pytest.mark.parametrize("name", SOME)
 every_base = pytest.mark.parametrize("strategy", BASES)
 every_preset = pytest.mark.parametrize("strategy", [*BASES, *(pytest.param(name, marks=FULL) for name in VARIANTS)])

@@ -6,9 +6,10 @@ import functools
 
 import pytest
 import torch
-from contract_cases import SOME, alternating, check_statistics, counted, every_base, stock_text, stock_tokens
+from contract_cases import alternating, check_statistics, counted, every_base, stock_text, stock_tokens
 from families import family, letter, tokenizer
 from streams import Streamer
+from tiers import SOME
 from transformers import (
     LogitsProcessor,
     StoppingCriteria,

@@ -8,8 +8,9 @@ import itertools
 import families
 import pytest
 import torch
-from contract_cases import BASES, FULL, VARIANTS
+from contract_cases import BASES, VARIANTS
 from scipy import stats
+from tiers import FULL
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,

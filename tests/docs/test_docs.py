@@ -52,6 +52,7 @@ def report(tmp_path_factory):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_blocks_run(report, page):
     assert report[name(page)] is None, report[name(page)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from looping import over
 from triton_cases import DEVICE, SINKS, assert_no_worse, check, each_dtype, exact, inputs, plain, split_into, vector
 
 from hf_specdec.kernels import triton_attention as attention
+
+
+pytestmark = [pytest.mark.full, pytest.mark.native]
 
 
 # attention over the cache
