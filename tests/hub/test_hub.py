@@ -56,10 +56,12 @@ def online(home):
     return run(home, "TestOnline", offline=False)
 
 
+@pytest.mark.full
 def test_push_and_pull_and_what_goes_wrong(online):
     passed(online)
 
 
+@pytest.mark.full
 def test_without_a_connection_the_cache_is_used(home, online):
     passed(run(home, "TestOffline", offline=True))
 

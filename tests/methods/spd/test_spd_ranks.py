@@ -20,7 +20,10 @@ from hf_specdec.generation.methods.spd.ranked_pipeline import RankedPipeline
 from hf_specdec.generation.methods.spd.ranks import PipelineRankError
 
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+]
 
 LAYERS = 6
 PLACES = [(2, 1), (2, 2), (3, 2), (3, 3), (4, 3)]  # ranks and stages: colocated, dedicated

@@ -27,6 +27,7 @@ from specbound_cases import (
     tower,
     truth,
 )
+from tiers import tiered
 
 from hf_specdec.cache.speculative import SpeculativeCache
 
@@ -41,7 +42,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiered(NAMES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_ids_and_cache_equal_stock(name, kind, adapter):
     case, settings = tower(name, 6), dict(KINDS[kind])

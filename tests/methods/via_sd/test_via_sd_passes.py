@@ -8,6 +8,7 @@ from collections import Counter
 import families
 import pytest
 import torch
+from tiers import tiered
 from transformers import DynamicCache
 from via_sd_cases import (
     BARE,
@@ -34,7 +35,7 @@ from hf_specdec import on_speculation
 from hf_specdec.generation.runner import ModelRunner
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", tiered(["llama", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", "gpt2", "phi3"]))
 @pytest.mark.parametrize("cache", ["shared", "own"])
 def test_forwards_equal_fresh_ones_at_every_round(name, cache):
     """After any lossy past, the model's logits are those of a run without cache; the slim model's likewise."""
