@@ -127,8 +127,9 @@ def calibrate_specbound_command(
             progress=advancing(progress, task),
         )
     console.print(
-        f"layer {costs.layer[0]:.2f} ms (4 rows {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
-        f"{costs.head[0]:.2f}, row {costs.row:.2f}, rest of a round {costs.round:.2f}, plain token {costs.plain:.2f}"
+        f"layer {costs.layer[0]:.2f} ms (4 tokens {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
+        f"{costs.head[0]:.2f}, preparing a token {costs.token:.2f}, rest of a round {costs.round:.2f}, plain token "
+        f"{costs.plain:.2f}"
     )
     console.print(
         f"alpha={chosen.alpha}, tau={chosen.tau}, exit_layers={chosen.exit_layers}, max_depth={chosen.max_depth}, "
