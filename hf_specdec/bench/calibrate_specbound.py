@@ -136,7 +136,8 @@ def replay(
     first, later = ([_outcomes(trace, step, exits, alpha, tau) for trace in traces] for step in (0, 1))
     leaving = [exit_at for positions in later for exit_at, _ in positions if exit_at]
     share = len(leaving) / max(sum(map(len, later)), 1)
-    further = costs.token + statistics.mean([costs.layer[0] * e + costs.test * _tests(exits, e) for e in leaving] or [0])
+    passing = [costs.layer[0] * exit_at + costs.test * _tests(exits, exit_at) for exit_at in leaving]
+    further = costs.token + statistics.mean(passing or [0])
     spent = 0.0
     rounds = tokens = drafted = accepted = depths = 0
     for pending, drafts in zip(first, later, strict=True):
@@ -232,8 +233,8 @@ def profile_specbound(
             exit_at = heads.layers[0]
             staircase.restart(length)
             staircase.push(token)
-            for layer in heads.layers:
-                reader.note(layer, staircase, 0)
+            for depth in heads.layers:
+                reader.note(depth, staircase, 0)
             with _timed(times, "test"):
                 bool(annealed_confidence(reader.logits(exit_at, staircase), 1.1) >= 1)
             reader.commit(1, staircase, staircase.states[:, :1])

@@ -209,7 +209,7 @@ def load_exit_heads(model: PreTrainedModel, name_or_path: str) -> ExitHeads:
 
 
 class _BlockText:
-    """What one block knows of a text: how many tokens it has read for good, what it has not, and the round's tokens."""
+    """What one block knows of a text: how many tokens it has read for good, what it has not, the round's tokens."""
 
     def __init__(self, states: torch.Tensor, before: torch.Tensor, recording: Recording) -> None:
         self.end = self.read = 0
@@ -236,8 +236,8 @@ class _BlockText:
 class ExitReader:
     """Exit heads along one text. Blocks have keys and values of their own here, and states that they have not read.
 
-    A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. Tokens of
-    the round in progress are read with a guess of the LM head's input before them; once verified, they are read again
+    A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. It reads
+    tokens of the round in progress with a guess of the LM head's input before them; once verified, they are read again
     with the true one. It begins with the first token that this call runs: an earlier turn's cached ones are not in it.
 
     Args:
@@ -285,7 +285,7 @@ class ExitReader:
         return self.heads.score(layer, self.guess)[:, -1].float()
 
     def commit(self, kept: int, staircase: Staircase, inputs: torch.Tensor) -> None:
-        """End the round, of which `kept` tokens stay; `inputs` `[1, R, H]` are the LM head's true ones at its tokens."""
+        """End the round, of which `kept` tokens stay; `inputs` `[1, R, H]` are the LM head's true ones."""
         if self.blocks and kept:
             true = [self.before[0], *inputs.split(1, dim=1)]
             for block in self.blocks.values():
