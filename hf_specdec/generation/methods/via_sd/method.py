@@ -46,13 +46,14 @@ class ViaSDStrategy(SpeculationStrategy):
         "safe": {"mode": "lossy"},
         "paper": {
             "mode": "lossy",
-            "alpha1": 0.5,
-            "alpha2": 0.3,
+            # the paper asks r >= 1 - 0.3 of all but tier C and r >= 1 - 0.5 of tier A, which leaves B empty; these are
+            # the same two thresholds in order
+            "tau_accept": 0.7,
+            "tau_escalate": 0.5,
             "regen_min_conf": 0.0,
-            "bonus_min_conf": 1.01,
+            "bonus_min_conf": None,
             "max_pending": None,
             "eos_guard": False,
-            "skip_budget_by": "count",
         },
     }
     aliases = {"lossless": ""}
@@ -82,13 +83,12 @@ class ViaSDStrategy(SpeculationStrategy):
         self.tiers = None
         if self.config.tiered:
             self.tiers = Tiers(self.config, self.drafter, state)
-            state.followers.append(self.tiers)
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the prompts through all tiers."""
         first = super().prefill(state)
         if self.tiers is not None:
-            self.tiers.begin(state)
+            self.tiers.start(state)
         return first
 
     def step(self, state: DecodingState) -> StepResult:
@@ -105,7 +105,7 @@ class ViaSDStrategy(SpeculationStrategy):
         """Return what the model has read: behind it lie the slim verifier's states, in some layers."""
         text = super().clean_length(state, layer_idx, slot)
         # a criterion may have cut the text since
-        return text if self.tiers is None else min(self.tiers.read[slot], text)
+        return text if self.tiers is None else min(self.tiers.read[state.active[slot]], text)
 
     def close(self, state: DecodingState) -> None:
         """Report the tiers."""
