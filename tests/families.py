@@ -10,6 +10,7 @@ import copy
 import functools
 import string
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from hf_specdec.generation.models import adapters
 from hf_specdec.registry import preset, strategy_class
 
 
+ROOT = Path(__file__).resolve().parents[1]
+"""The repository."""
+TINY = ROOT / "tests" / "tiny"
+"""A small trained target, its draft and their tokenizer."""
 ORACLE = "oracle"
 VOCAB = 64
 WINDOW = 8

@@ -1,0 +1,50 @@
+"""The contract on statistics: they add up, and count the forwards that ran."""
+
+from __future__ import annotations
+
+import pytest
+from contract_cases import check_statistics, every_preset, new_tokens
+
+from hf_specdec.generation.models.surgery import decoder_layers
+from hf_specdec.generation.strategy import SpeculationStrategy
+from hf_specdec.registry import strategy_class
+
+
+@every_preset
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("new", [1, 2, 40])
+@pytest.mark.parametrize("sample", [False, True])
+def test_statistics_add_up(strategy, rows, new, sample, llama):
+    out = llama.ours(
+        strategy, **llama.inputs(rows), max_new_tokens=new, return_dict_in_generate=True, do_sample=sample
+    )
+    check_statistics(out, llama, rows)
+
+
+@every_preset
+def test_statistics_count_up_to_eos(strategy, llama):
+    out = llama.ours(
+        strategy, **llama.batch, max_new_tokens=40, return_dict_in_generate=True, eos_token_id=llama.eos, tokens=5
+    )
+    check_statistics(out, llama, 4, exact_rows=False)
+    kept = new_tokens(out.sequences, llama.ids.shape[1], llama.eos)
+    assert [sum(row) + 1 for row in out.speculation.accept_lengths] == [len(row) for row in kept]
+
+
+@every_preset
+def test_forwards_are_those_that_ran(strategy, llama):
+    """Every pass through all layers is counted, also drafts by the whole model, and one more for the prompt's head."""
+    calls, cls = [], strategy_class(strategy.partition(":")[0])
+    handle = decoder_layers(llama.model)[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        out = llama.ours(strategy, **llama.one, max_new_tokens=30)
+        calls.clear()
+        out = llama.ours(strategy, **llama.one, max_new_tokens=30, return_dict_in_generate=True)
+    finally:
+        handle.remove()
+    stats = out.speculation
+    drafts_itself = cls.make_drafter is not SpeculationStrategy.make_drafter and not cls.needs_assistant
+    own = stats.draft_forwards if drafts_itself else 0
+    own += stats.method.get("slim_forwards", 0)  # the last layer always stays
+    prompt = len(calls) - stats.target_forwards - own
+    assert prompt in (1, 2)
