@@ -302,7 +302,7 @@ def overlapping(rank, adapter):
             return draft(self, *args)
 
         def timed_tick(self, job):
-            full, begin = job is not None and min(self.positions) >= 0, time.monotonic()
+            full, begin = job is not None and None not in self.order.positions, time.monotonic()
             found = tick(self, job)
             if full:
                 took.append(time.monotonic() - begin)

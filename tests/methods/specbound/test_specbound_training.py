@@ -197,7 +197,7 @@ def test_predictions_are_within_a_fifth_of_the_counters(target, passages, traine
         out = target.generate(ids, assistant_strategy=config, return_dict_in_generate=True, **options)
         stats = out.speculation  # and held against these
         calls, tests = calls + stats.method["layer_calls"], tests + stats.method["tests"]
-        rows += stats.method["row_layers"] // depth
+        rows += stats.method["token_layers"] // depth
         rounds, tokens = rounds + stats.num_drafts, tokens + sum(map(sum, stats.accept_lengths))
     spent = calls * 1.0 + tests * 0.5 + rows * 0.1 + rounds * 2.5
     counted = tokens * costs.plain / spent
