@@ -280,6 +280,10 @@ class SparseView:
                 if max(i, j) < len(side):
                     exchange(side, i, j)
 
+    def shrink(self, rows: int) -> None:
+        """Forget the slots from `rows` on."""
+        del self.valid[rows:], self.counts[rows:]
+
 
 def flat_rows(index: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
     """Return slots as rows of the flat table `[n * h_kv * C, d]` that a storage is.

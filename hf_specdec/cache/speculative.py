@@ -178,6 +178,9 @@ class SpeculativeCache(Cache):
         for layer in self.layers:
             layer.swap(i, j)
 
+    def shrink(self, rows: int) -> None:
+        """Do nothing: a forward names its rows, and finished ones are read again before the cache is returned."""
+
     def load(self, source: Any, columns: torch.Tensor, counts: Sequence[int], width: int, rows: Sequence[int]) -> None:
         """Copy a stock cache's prefix.
 

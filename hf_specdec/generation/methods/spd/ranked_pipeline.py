@@ -79,7 +79,7 @@ class _Site:
         first, end = block
         stage = cast(Stage, self.stage)
         if stage.index == 0:
-            inputs = {"input_ids": self.state.text[self.state.active, first:end].to(self.embedding.device)}
+            inputs = {"input_ids": self.state.text.tokens[self.state.active, first:end].to(self.embedding.device)}
         else:
             hidden, work = self.ranks.receive_hidden(self.shape(end - first), self.dtype, stage.index - 1)
             self.ranks.wait(work, self.ranks.owner(stage.index - 1))
@@ -160,7 +160,7 @@ class RankedPipeline(Pipeline):
                 for index, states in features.items():
                     found[index].append(states)
         self.parts, self.cache, self.last_position = site.parts, state.target.cache, state.target.last_position
-        tokens = state.text[state.active, : state.committed[0]]
+        tokens = state.text.tokens[state.active, : state.committed[0]]
         features = {index: torch.cat(states, dim=1) for index, states in found.items()}
         features[0] = self.parts.record_at(state.target, tokens, 0).hidden
         self._start_over(None)
@@ -256,7 +256,7 @@ class _Worker:
     """One row on a rank that does not control."""
 
     def __init__(self, state: DecodingState, ranks: Ranks, row: int, cache: SpeculativeCache) -> None:
-        state.begin([row], ModelRunner(state.model, cache, state.longest), frozenset())
+        state.activate([row], ModelRunner(state.model, cache, state.longest), frozenset())
         self.state, self.ranks, self.site = state, ranks, _Site(state, ranks)
         self.stage = cast(Stage, self.site.stage)
         self.inbound: torch.Tensor | None = None

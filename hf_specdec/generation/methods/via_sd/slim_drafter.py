@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from ....kernels.step import upload
 from ... import acceptance
 from ...state import DecodingState
 from ...strategy import Draft, Drafter
@@ -75,13 +74,14 @@ class SlimDrafter(Drafter):
         with ExitStack() as speculation:
             while any(stage.open for stage in stages):
                 draft = self.inner.propose(state)
-                draft.counts = [count if stage.open else 0 for count, stage in zip(draft.counts, stages, strict=True)]
+                counts = [count if stage.open else 0 for count, stage in zip(draft.counts, stages, strict=True)]
+                draft = replace(draft, counts=counts)
                 if self.config.lossless_rule != "exact" and not max(draft.counts):
                     break
                 block = self._block(state, draft)
                 new = self._gather(state, draft, block, stages)
                 # as if emitted, so that what drafts and reads next sees it, until the model judges
-                speculation.enter_context(state.speculated(new))
+                speculation.enter_context(state.text.speculated(new))
                 self._commit(state)
                 self.reschedule(draft.counts, block.kept)
         counts = [len(stage.tokens) for stage in stages]
@@ -106,12 +106,12 @@ class SlimDrafter(Drafter):
     def _block(self, state: DecodingState, draft: Draft) -> _Block:
         """Let the slim verifier turn each row's drafts into candidates."""
         slim = self.slim.read(state, draft.tokens)
-        counts = upload(draft.counts, draft.tokens.device)
         rule = {"exact": self._exact, "gate": self._gate, "prefilter": self._prefilter}[self.config.lossless_rule]
-        return rule(draft, counts, slim)
+        return rule(draft, slim)
 
-    def _exact(self, draft: Draft, counts: torch.Tensor, slim: SlimPass) -> _Block:
+    def _exact(self, draft: Draft, slim: SlimPass) -> _Block:
         """Make candidates that follow the slim verifier's own distribution."""
+        counts = draft.counts_on_device
         if slim.distribution is None:
             verdict = acceptance.greedy_match(draft.tokens, counts, slim.scores.argmax(dim=-1))
         else:
@@ -119,18 +119,18 @@ class SlimDrafter(Drafter):
         kept = verdict.accepted.tolist()
         return _Block(verdict.tokens, [count + 1 for count in kept], kept, slim.confidence, slim.distribution)
 
-    def _prefilter(self, draft: Draft, counts: torch.Tensor, slim: SlimPass) -> _Block:
+    def _prefilter(self, draft: Draft, slim: SlimPass) -> _Block:
         """Make candidates of the drafts before the first one that is not in tier A."""
         tokens, gate, distributions = draft.tokens, self.config.gate, None
-        passed = (slim.tiers_of(tokens, gate) == ACCEPT) & _real(tokens, counts)
+        passed = (slim.tiers_of(tokens, gate) == ACCEPT) & _real(draft)
         leading = passed.long().cumprod(dim=1).sum(dim=1)
-        kept, dropped = leading.tolist(), (leading < counts).tolist()
+        kept, dropped = leading.tolist(), (leading < draft.counts_on_device).tolist()
         if slim.distribution is not None:
             p = distributions_of(draft, slim.scores.shape[-1])
             distributions = laws.prefilter_distribution(p, slim.tiers_of_all(gate))
         return _Block(tokens, kept, kept, slim.confidence, distributions, closed=dropped, dropped=dropped)
 
-    def _gate(self, draft: Draft, counts: torch.Tensor, slim: SlimPass) -> _Block:
+    def _gate(self, draft: Draft, slim: SlimPass) -> _Block:
         """Make candidates by the paper's tiers: B draws anew, C closes the stage."""
         tokens, k, gate, distributions = draft.tokens, draft.tokens.shape[1], self.config.gate, None
         tier = slim.tiers_of(tokens, gate)
@@ -138,9 +138,10 @@ class SlimDrafter(Drafter):
             p = distributions_of(draft, slim.scores.shape[-1])
             distributions = laws.gate_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(gate))
         new = torch.where(tier == REGENERATE, slim.draw(k), tokens)
-        same = (new == tokens) & _real(tokens, counts)
+        same = (new == tokens) & _real(draft)
         kept = same.long().cumprod(dim=1).sum(dim=1).tolist()
         passed = (same & (tier != ESCALATE)).long().cumprod(dim=1).sum(dim=1)
+        counts = draft.counts_on_device
         sizes = torch.minimum(passed + 1, counts)  # the token that ends the block is a candidate too
         last = tier.gather(1, (sizes - 1).clamp(min=0)[:, None])[:, 0] == ESCALATE if k else counts > 0
         closed = (last & (sizes > 0)).tolist()
@@ -232,9 +233,9 @@ class _Stage:
         return new
 
 
-def _real(tokens: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Return which of the drafts `[n, k]` are among each row's first `counts` `[n]`."""
-    return torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]
+def _real(draft: Draft) -> torch.Tensor:
+    """Return which of the drafts `[n, k]` are real."""
+    return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.counts_on_device[:, None]
 
 
 def distributions_of(draft: Draft, width: int) -> torch.Tensor:

@@ -144,10 +144,10 @@ class Tiers:
             # what the processors exclude is drawn anew
             return torch.where(tier == ACCEPT, ACCEPT, REGENERATE), own
         # speculative sampling against the distribution of tiers A and B
-        p, counts = distributions_of(draft, slim.scores.shape[-1]), upload(draft.counts, tokens.device)
+        p = distributions_of(draft, slim.scores.shape[-1])
         both = laws.coupled_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(self.gate))
         judge = torch.cat([both, slim.distribution[:, k:]], dim=1)
-        verdict = acceptance.speculative_sample(tokens, counts, judge, p)
+        verdict = acceptance.speculative_sample(tokens, draft.counts_on_device, judge, p)
         refused = torch.arange(k, device=tokens.device) >= verdict.accepted[:, None]
         instead = torch.where(refused, verdict.tokens[:, :k], own[:, :k])
         return torch.where(refused, REGENERATE, ACCEPT), torch.cat([instead, own[:, k:]], dim=1)
@@ -183,7 +183,7 @@ class Tiers:
         """Return what the model is to read, `[n, m]`: unread text, what was decided, and the drafts behind it."""
         fed = []
         for slot, (row, decision) in enumerate(zip(state.active, self.decided, strict=True)):
-            text = state.text[row, starts[slot] : state.committed[slot]]
+            text = state.text.tokens[row, starts[slot] : state.committed[slot]]
             new = torch.tensor(decision.tokens, dtype=torch.int64, device=state.device)
             count = draft.counts[slot]
             open_from = count if decision.escalate is None else decision.escalate
@@ -251,7 +251,7 @@ class Tiers:
     def report(self, state: DecodingState) -> None:
         """Add to the statistics who decided what, and what the audit found."""
         given = state.prompt.ids.shape[1]
-        final = [letters[: column - given] for letters, column in zip(self.letters, state.columns, strict=True)]
+        final = [letters[: column - given] for letters, column in zip(self.letters, state.text.columns, strict=True)]
         counts = Counter("".join(final))
         state.stats.method.update(
             tier_ids=final, tiers={tier: counts[tier] for tier in "ABCSQ"}, audit=self.audit.to_dict()
