@@ -8,6 +8,7 @@ import torch
 from via_sd_cases import ALARM, RULES, SKIP, Reference, generate, lossless, mask, own, p_value, sampled, stock
 
 from hf_specdec.generation import acceptance
+from hf_specdec.generation.methods.via_sd import laws
 
 
 # lossless: every rule gives the model's own text
@@ -100,7 +101,7 @@ def test_a_wrong_proposal_distribution_is_found(tiny, target_distribution, name,
 
         monkeypatch.setattr(acceptance, "draw_next", from_target)
     else:
-        monkeypatch.setattr(acceptance, function, mutant)
+        monkeypatch.setattr(laws, function, mutant)
     torch.manual_seed(11)
     config = lossless(**{**FLAT_RULE, **sharp}, lossless_rule=rule, regen_min_conf=0.0)
     found = sampled(tiny, config, calls=10)

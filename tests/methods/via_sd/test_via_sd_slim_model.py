@@ -21,7 +21,6 @@ from via_sd_cases import (
     kept,
     lossless,
     lossy,
-    mask,
     refused,
     spied,
     stock,
@@ -189,7 +188,7 @@ def test_mismatches_of_mask_model_and_cache_are_refused(pair, prompt, tmp_path):
     generate(pair, prompt, config.override(slim_cache="own"), max_new_tokens=4)
     # another mask beside the LoRA
     other = write_lora(tmp_path / "mask", target)
-    rewrite(other, lambda record: record.update(adapter=mask((1, 3))))
+    rewrite(other, lambda record: record.update(keep_mask=kept((1, 3))))
     refused(pair, prompt, config.override(adapter=other), "mask")
     halves = write_lora(tmp_path / "halves", target)
     rewrite(halves, lambda record: record["lora"].update(mask_hash=mask_hash(kept(), "sublayer")))
