@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels import reference
+from ..kernels.request import ScoreRequest
 
 
 RECENTS = 6
 """Columns after the selection that a draft reads: those of a burst of 6, which is the usual one."""
 
-SCORED = ("first_last", "weight", False)
+SCORED = ScoreRequest("first_last", "weight")
 """The token scores that are measured: Vegas' own."""
 
 
@@ -198,7 +199,7 @@ def expected(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
         if case.kind in ("scored", "reduce"):
             weights, raw = reference.attention_weights(query, key, start, scaling=case.scaling)
             last = torch.full_like(start, case.queries - 1)
-            metric = reference.token_scores(weights, raw, last, queries=SCORED[0], metric=SCORED[1])
+            metric = reference.token_scores(weights, raw, last, queries=SCORED.queries, metric=SCORED.metric)
             metrics.append(torch.nn.functional.pad(metric, (0, case.context - length)))
     return torch.cat(outputs), torch.cat(metrics) if metrics else torch.empty(0)
 

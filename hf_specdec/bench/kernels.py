@@ -241,7 +241,7 @@ def _reduction(fast: bool) -> Callable[[Case, Inputs], Run]:
             found = torch.softmax(products.float(), dim=-1)
             if fast:
                 return None, explicit.token_scores(found.unflatten(1, (case.key_heads, -1)), step, SCORED)
-            return None, reference.token_scores(found, products, last, queries=SCORED[0], metric=SCORED[1])
+            return None, reference.token_scores(found, products, last, queries=SCORED.queries, metric=SCORED.metric)
 
         return run
 

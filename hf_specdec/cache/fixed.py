@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.request import ScoreRequest
 from ..kernels.step import SideRange, Step, upload
 from .sparse import SparseView
 from .speculative import SpeculativeCache
@@ -30,12 +31,12 @@ class FixedView(SparseView):
         rows: int,
         budget: Any,
         recents: int,
-        wanted: Any,
+        request: ScoreRequest,
         *,
         longest: int,
         **options: Any,
     ) -> None:
-        super().__init__(cache, rows, budget, recents, wanted, **options)
+        super().__init__(cache, rows, budget, recents, request, **options)
         self.selected = budget(longest, longest)
         self.order = [index for index, covered in enumerate(self.covered) if covered]
         self.metrics: torch.Tensor

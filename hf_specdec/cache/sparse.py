@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..kernels import choice
+from ..kernels.request import Request, ScoreRequest
 from ..kernels.step import SideRange, Step, upload
 from .speculative import SpeculativeCache, exchange
 
@@ -34,7 +35,7 @@ class SparseView:
         budget (`Callable[[int, int], int]`): tokens to choose, from the keys in the forward and the tokens to choose
             from.
         recents (`int`): columns of the second part, at least twice the draft length plus one.
-        wanted (`tuple[str, str, bool]`): query rows, metric, and whether each key head has its own list.
+        request (`ScoreRequest`): which scores rank; whether each key head has its own list.
         sinks (`int`): first tokens that are always chosen.
         locals_ (`int`): newest candidates that are always chosen.
         by_position (`bool`): ignore the scores and choose `sinks` first tokens and the newest ones.
@@ -54,14 +55,14 @@ class SparseView:
         rows: int,
         budget: Callable[[int, int], int],
         recents: int,
-        wanted: tuple[str, str, bool],
+        request: ScoreRequest,
         *,
         sinks: int = 0,
         locals_: int = 0,
         by_position: bool = False,
         timed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.cache, self.rows, self.budget, self.recents, self.wanted = cache, rows, budget, recents, wanted
+        self.cache, self.rows, self.budget, self.recents, self.request = cache, rows, budget, recents, request
         self.sinks, self.locals, self.by_position, self.timed = sinks, locals_, by_position, timed
         self.covered = [layer.window is None for layer in cache.layers]
         self.valid: list[int] = [0] * rows
@@ -116,7 +117,7 @@ class SparseView:
             self._gather(step)
 
     def _at_once(self, keys: torch.Tensor) -> bool:
-        request = choice.Request(keys.device.type, keys.dtype, keys.shape[3], keys.shape[3])
+        request = Request(keys.device.type, keys.dtype, keys.shape[3], keys.shape[3])
         return choice.uses_triton(self.cache.kernels, request)
 
     def _gather(self, step: Step) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.dispatch import speculative_attention
-from ..kernels.step import upload
+from ..kernels.step import ForwardRequest, upload
 from ..registry import preset, strategy_class
 from . import admission, programs
 from .models.draft_model import load_draft
@@ -140,7 +140,7 @@ class AssistantDrafter(Drafter):
         state.followers.append(self.reader)
         state.contexts.enter_context(speculative_attention(self.model))
         state.contexts.callback(runner.close)
-        runner.warm_up(state.pending, self.reader.known, hidden=self.hidden)
+        runner.warm_up(state.pending, self.reader.known, ForwardRequest(hidden=self.hidden))
 
     def propose(self, state: DecodingState) -> Draft:
         """Draft up to the limit, all rows in lock-step; the first forward also reads what the cache lacks."""
@@ -152,7 +152,7 @@ class AssistantDrafter(Drafter):
         distributions, states = [], []
         while drafts.shape[1] < max(counts):
             state.stats.draft_forwards += 1
-            output = reader.runner.forward(tokens, starts, hidden=self.hidden)
+            output = reader.runner.forward(tokens, starts, ForwardRequest(hidden=self.hidden))
             logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
             scores = state.process_next(logits, drafts)
             choice, distribution = state.choose(scores)
@@ -180,7 +180,7 @@ class AssistantDrafter(Drafter):
         reader = self.reader
         state.stats.draft_forwards += 1
         tokens, starts = reader.unread(state, draft.tokens, draft.counts)
-        output = reader.runner.forward(tokens, starts, hidden=self.hidden)
+        output = reader.runner.forward(tokens, starts, ForwardRequest(hidden=self.hidden))
         logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
         ends = [start + tokens.shape[1] for start in starts]
         reader.known = [max(known, end) for known, end in zip(reader.known, ends, strict=True)]

@@ -17,10 +17,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from ..cache.sparse import SparseView
 from ..cache.speculative import SpeculativeCache
 from ..kernels import choice
 from ..kernels.opaque import EmptyCache, Entry
-from ..kernels.step import StaticStep, Step
+from ..kernels.step import TOKENS_ONLY, ForwardRequest, StaticStep, Step
 from .runner import Forward, ModelRunner, head_input
 
 
@@ -88,16 +89,14 @@ class Program:
     Args:
         runner (`GraphRunner`): whose model and cache it uses.
         width (`int`): tokens per row.
-        hidden (`bool`): return the LM head's input too.
-        score (`ScoreSink`, *optional*): as for `Step`.
-        view (`DraftView`, *optional*): as for `Step`.
+        request (`ForwardRequest`): what else it does; which query is a row's last changes from run to run.
     """
 
-    def __init__(self, runner: GraphRunner, width: int, hidden: bool, score: Any, view: Any) -> None:
-        self.runner, self.hidden, self.width = runner, hidden, width
+    def __init__(self, runner: GraphRunner, width: int, request: ForwardRequest) -> None:
+        self.runner, self.hidden, self.width = runner, request.hidden, width
         cache, device = runner.cache, runner.device
         self.tokens = torch.zeros(cache.rows, width, dtype=torch.int64, device=device)
-        self.step = StaticStep(cache.rows, width, cache.layers[0].capacity, device, score, view)
+        self.step = StaticStep(cache.rows, width, cache.layers[0].capacity, device, request.score, request.view)
         self._result: Forward
         self._again: Callable[[], None] | None = None
 
@@ -186,43 +185,41 @@ class GraphRunner(FixedWidthRunner):
         super().close()
         self.programs.clear()
 
-    def forward(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> Forward:
+    def forward(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> Forward:
         """Feed `tokens` `[n, m]`; as `ModelRunner.forward`, by a captured forward of this kind where there may be one.
 
         The first forward runs uncaptured, since it makes the storage.
         """
-        m, score, view = tokens.shape[1], options.get("score"), options.get("view")
+        m, score = tokens.shape[1], request.score
         width = self.padded(m, self.widths if score is None else self.widths[-1:])
         if width is None:
-            return super().forward(tokens, starts, hidden=hidden, **options)
-        last = options.get("last") or [m - 1] * len(starts)
+            return super().forward(tokens, starts, request)
+        last = request.last or [m - 1] * len(starts)
         if score is not None:
             score.begin(starts, last)
-        return self._program(width, hidden, score, view)(tokens, starts, last)
+        return self._program(width, request)(tokens, starts, last)
 
-    def _program(self, width: int, hidden: bool, score: Any, view: Any) -> Program:
+    def _program(self, width: int, request: ForwardRequest) -> Program:
         storage = [layer.keys.data_ptr() for layer in self.cache.layers if layer.is_initialized]
         if storage != self._storage:  # it has grown: what was captured writes memory that is no longer ours
             self.programs.clear()
             self.record, self._storage = RECORDERS[self.device.type](self.device), storage
-        key = (width, hidden, score is not None, view is not None)
+        key = (width, request.hidden, request.score is not None, request.view is not None)
         if key not in self.programs:
-            self.programs[key] = Program(self, width, hidden, score, view)
+            self.programs[key] = Program(self, width, request)
         return self.programs[key]
 
-    def warm_up(
-        self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, score: Any = None, **options: Any
-    ) -> None:
+    def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> None:
         """Capture the forwards of a round by feeding `tokens` `[n, 1]` again, so that no round has to wait for it."""
         if not self._checked:
-            self.forward(tokens, starts, hidden=hidden)
-        zeros = [0] * len(starts)
-        for width in self.widths if score is None else self.widths[-1:]:
-            self._program(width, hidden, score, None)(tokens, starts, zeros)
-        if score is not None:  # drafts read what it has chosen, from the next position on
+            self.forward(tokens, starts, ForwardRequest(hidden=request.hidden))
+        zeros, view = [0] * len(starts), request.score
+        for width in self.widths if view is None else self.widths[-1:]:
+            self._program(width, request)(tokens, starts, zeros)
+        if isinstance(view, SparseView):  # drafts read what it has chosen, from the next position on
             following = [start + 1 for start in starts]
-            score.place(following)
-            self._program(self.widths[0], False, None, score)(tokens, following, zeros)
+            view.place(following)
+            self._program(self.widths[0], ForwardRequest(view=view))(tokens, following, zeros)
 
 
 class InductorRunner(FixedWidthRunner):
@@ -253,12 +250,12 @@ class InductorRunner(FixedWidthRunner):
         logits, states = self.compiled(ids, places, EmptyCache(self.cache.windows), self.entry.number, hidden)
         return Forward(logits[:n, :m], None if states is None else states[:n, :m])
 
-    def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> None:
+    def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> None:
         """Compile the forwards of a round by feeding `tokens` `[n, 1]` again."""
         if not self._checked:
-            self.forward(tokens, starts, hidden=hidden)
+            self.forward(tokens, starts, ForwardRequest(hidden=request.hidden))
         for width in self.widths:
-            self.forward(tokens.expand(-1, width), starts, hidden=hidden)
+            self.forward(tokens.expand(-1, width), starts, ForwardRequest(hidden=request.hidden))
 
 
 class CompiledGraphRunner(GraphRunner, InductorRunner):

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
-from ..kernels.step import Step
+from ..kernels.step import TOKENS_ONLY, ForwardRequest, Step
 
 
 class Forward(NamedTuple):
@@ -52,22 +52,21 @@ class ModelRunner:
         )
         self._checked = False
 
-    def forward(self, tokens: torch.Tensor, starts: Sequence[int], *, hidden: bool = False, **options: Any) -> Forward:
+    def forward(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> Forward:
         """Feed `tokens` `[n, m]` at the positions `starts[i] .. starts[i] + m - 1` of each active row.
 
         Args:
             tokens (`torch.Tensor` of shape `[n, m]`, int64): ids.
             starts (`list[int]`): position of each row's first fed token; earlier positions are read from the cache.
-            hidden (`bool`, *optional*, defaults to `False`): return the LM head's input too.
-            options: `score`, `last` and `view` of `Step`.
+            request (`ForwardRequest`, *optional*): what else the forward does.
 
         Raises:
             RuntimeError: if the model did not run every layer's attention through the package (first forward only).
         """
-        step = self.cache.begin(Step(starts, tokens.shape[1], self.device, **options))
+        step = self.cache.begin(Step(starts, tokens.shape[1], self.device, request.score, request.last, request.view))
         if step.score is not None:
             step.score.begin(step.starts, step.last)
-        return self.call(tokens, step, hidden)
+        return self.call(tokens, step, request.hidden)
 
     def call(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
         """Run the model over `tokens` `[n, m]` for a `step` that has begun, and tell who watches it."""
@@ -89,7 +88,7 @@ class ModelRunner:
             output = self.model(**self.inputs(tokens, step), return_dict=True)
         return Forward(output.logits, seen[0] if hidden else None)
 
-    def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], **options: Any) -> None:
+    def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> None:
         """Make ready what a round's forwards need, by feeding again what was just fed; nothing by default."""
 
     def close(self) -> None:

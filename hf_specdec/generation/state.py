@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..kernels.dispatch import speculative_attention
+from ..kernels.step import TOKENS_ONLY, ForwardRequest
 from .processors import ProcessorChain
 from .prompt import Prompt
 from .runner import Forward, ModelRunner
@@ -113,16 +114,20 @@ class DecodingState:
         """Return which of `ids` end a row; bool, of the same shape."""
         return torch.isin(ids, torch.tensor(sorted(self._eos), dtype=ids.dtype, device=ids.device))
 
-    def forward(self, tokens: torch.Tensor, starts: Sequence[int] | None = None, **options: Any) -> Forward:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        starts: Sequence[int] | None = None,
+        request: ForwardRequest = TOKENS_ONLY,
+    ) -> Forward:
         """Run the target over `tokens` `[n, m]`, each slot's pending token first (see `ModelRunner.forward`).
 
         Args:
             starts (`list[int]`, *optional*): where each slot's tokens lie instead.
         """
         self.stats.target_forwards += 1
-        return self.target.forward(
-            tokens, [count - 1 for count in self.committed] if starts is None else starts, **options
-        )
+        starts = [count - 1 for count in self.committed] if starts is None else starts
+        return self.target.forward(tokens, starts, request)
 
     def process(self, logits: torch.Tensor, drafts: torch.Tensor, back: Sequence[int] | None = None) -> torch.Tensor:
         """Return `logits` `[n, m, V]` after the caller's processors, on the text's device.
@@ -178,7 +183,7 @@ class DecodingState:
 
     # prefill
 
-    def prefill(self, **options: Any) -> Forward:
+    def prefill(self, request: ForwardRequest = TOKENS_ONLY) -> Forward:
         """Run the active rows' prompts and return the forward over each row's last prompt token, `[n, 1, V]`.
 
         The model's own attention reads the prompts if all rows start from equally many cached tokens (none, in a first
@@ -200,8 +205,8 @@ class DecodingState:
             self.target.extend(tokens, cached, ends, chunk or _EXTEND_CHUNK)
         cache.set_lengths(ends)
         last = tokens.gather(1, torch.tensor(ends, device=tokens.device)[:, None])
-        first = self.target.forward(last, ends, **options)
-        self.target.warm_up(last, ends, **options)
+        first = self.target.forward(last, ends, request)
+        self.target.warm_up(last, ends, request)
         return first
 
     # what the loop does

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
-from ..kernels.step import upload
+from ..kernels.step import TOKENS_ONLY, ForwardRequest, upload
 from . import acceptance, programs
 from .runner import Forward, ModelRunner
 from .state import DecodingState
@@ -96,9 +96,9 @@ class Drafter:
     def prefill(self, state: DecodingState) -> None:
         """Read the active rows' prompts, where the drafter needs them."""
 
-    def prefill_kwargs(self, state: DecodingState) -> dict[str, Any]:
-        """Return options of the target's forward over the last prompt token."""
-        return {}
+    def prefill_request(self, state: DecodingState) -> ForwardRequest:
+        """Return what the target's forward over the last prompt token is asked for."""
+        return TOKENS_ONLY
 
     def propose(self, state: DecodingState) -> Draft:
         """Return drafts for the active rows."""
@@ -112,9 +112,9 @@ class Drafter:
         """
         raise NotImplementedError
 
-    def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
-        """Return options of the target's forward that judges `draft`."""
-        return {}
+    def verify_request(self, state: DecodingState, draft: Draft) -> ForwardRequest:
+        """Return what the target's forward that judges `draft` is asked for."""
+        return TOKENS_ONLY
 
     def commit(self, state: DecodingState) -> None:
         """Take note of the tokens that were emitted (`state.committed`)."""
@@ -210,8 +210,8 @@ class SpeculationStrategy:
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the active rows' prompts and return the forward over each row's last prompt token (`m = 1`)."""
-        options = {} if self.drafter is None else self.drafter.prefill_kwargs(state)
-        first = state.prefill(hidden=self.hidden, **options)
+        request = TOKENS_ONLY if self.drafter is None else self.drafter.prefill_request(state)
+        first = state.prefill(request._replace(hidden=self.hidden))
         if self.drafter is not None:
             self.drafter.prefill(state)
         return first
@@ -222,8 +222,9 @@ class SpeculationStrategy:
 
     def verify(self, state: DecodingState, draft: Draft) -> Forward:
         """Run the target over each row's pending token and drafts; logits `[n, k + 1, V]`."""
-        options = {} if self.drafter is None else self.drafter.verify_kwargs(state, draft)
-        return state.forward(torch.cat([state.pending, draft.tokens], dim=1), hidden=self.hidden, **options)
+        request = TOKENS_ONLY if self.drafter is None else self.drafter.verify_request(state, draft)
+        tokens = torch.cat([state.pending, draft.tokens], dim=1)
+        return state.forward(tokens, request=request._replace(hidden=self.hidden))
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""

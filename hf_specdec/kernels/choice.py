@@ -147,7 +147,7 @@ def attend_layer(
     if step.view is not None and step.view.covers(layer_idx):
         return side_attention(query, key, value, step.view, layer_idx, step, **rules)
     score = step.score if step.score is not None and step.score.wants(layer_idx) else None
-    wanted = None if score is None else score.wanted
+    wanted = None if score is None else score.request
     window = step.windows[layer_idx]
     output, metric = cached_attention(query, key, value, step, window=window, score=wanted, **rules)
     if score is not None and metric is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .request import ScoreRequest
 from .step import Step
 
 
@@ -30,7 +31,7 @@ def cached_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    score: tuple[str, str, bool] | None = None,
+    score: ScoreRequest | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; `kernels.reference` says what this computes.
 
@@ -43,7 +44,7 @@ def cached_attention(
         window (`int`, *optional*): sliding window.
         softcap (`float`, *optional*): as in the reference.
         sinks (`torch.Tensor` of shape `[h_q]`, *optional*): as in the reference.
-        score (`tuple[str, str, bool]`, *optional*): which token scores to return: (queries, metric, per key head).
+        score (`ScoreRequest`, *optional*): which token scores to return.
 
     Returns:
         The output `[n, h_q, m, d_v]` and the token scores `[n, S]` or `[n, h_kv, S]` in float32, `None` unless asked
@@ -62,7 +63,7 @@ def cached_attention(
     keys = key[:, :, first:end].reshape(n * key_heads, end - first, -1)
     scores = torch.bmm(keys, packed.transpose(1, 2))
     raw = None
-    if score is not None and score[1] == "logit":
+    if score is not None and score.metric == "logit":
         raw = token_scores(scores.view(n, key_heads, -1, groups, m).movedim(2, -1), step, score) / scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -70,7 +71,7 @@ def cached_attention(
     weights = _softmax(scores.transpose(1, 2), sinks, n, key_heads, groups, m)
 
     metric = raw
-    if score is not None and score[1] == "weight":
+    if score is not None and score.metric == "weight":
         metric = token_scores(weights.view(n, key_heads, groups, m, -1), step, score)
     output = torch.bmm(weights, value[:, :, first:end].reshape(n * key_heads, end - first, -1))
     return output.view(n, heads, m, -1), metric
@@ -99,12 +100,12 @@ def _softmax(
     return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1].contiguous()
 
 
-def token_scores(source: torch.Tensor, step: Step, score: tuple[str, str, bool]) -> torch.Tensor:
+def token_scores(source: torch.Tensor, step: Step, score: ScoreRequest) -> torch.Tensor:
     """Return the mean of `source` `[n, h_kv, groups, m, S]` over heads and chosen query rows, float32 (or float64)."""
-    queries, _, per_head = score
+    queries = score.queries
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-    dims = (2, 3) if per_head else (1, 2, 3)
-    heads = source.shape[2] * (1 if per_head else source.shape[1])
+    dims = (2, 3) if score.per_head else (1, 2, 3)
+    heads = source.shape[2] * (1 if score.per_head else source.shape[1])
     last = step.same_last
     if last is not None:
         chosen = {"first_last": [0, last] if last else [0], "last": [last], "all": list(range(last + 1))}[queries]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .request import Request, ScoreRequest
 from .step import Step
 
-
-if TYPE_CHECKING:
-    from .request import Request
 
 _LARGEST = 256
 
@@ -55,7 +52,7 @@ def cached_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    score: Any = None,
+    score: ScoreRequest | None = None,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`.
 

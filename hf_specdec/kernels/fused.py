@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import triton_attention, triton_select
+from .request import Request, ScoreRequest
 from .step import SideRange, Step
-
-
-if TYPE_CHECKING:
-    from .request import Request
 
 
 def lacks(request: Request) -> str | None:
     """Return why the Triton kernels can't serve `request`, `None` if they can."""
-    if request.score is not None and request.score[0] == "all":
+    if request.score is not None and request.score.queries == "all":
         return "they export the scores of the first and the last query, not of all"
     return triton_attention.unsupported(request.device, request.dtype, request.size, request.value_size)
 
@@ -31,7 +28,7 @@ def cached_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    score: tuple[str, str, bool] | None = None,
+    score: ScoreRequest | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`."""
     starts = step.starts_on(query.device)
@@ -42,9 +39,8 @@ def cached_attention(
     )
     if score is None or scores is None or last is None:
         return output, None
-    queries, metric, per_head = score
-    heads = key.shape[1] if per_head else None
-    choice: dict[str, Any] = {"queries": queries, "metric": metric, "key_heads": heads}
+    choice: dict[str, Any] = {"queries": score.queries, "metric": score.metric}
+    choice["key_heads"] = key.shape[1] if score.per_head else None
     return output, triton_select.token_scores(scores, starts, last, length=step.high, **rules, **choice)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .explicit import token_scores
+from .request import ScoreRequest
 from .step import Step
 
 
@@ -25,7 +26,7 @@ def cached_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    score: tuple[str, str, bool] | None = None,
+    score: ScoreRequest | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`.
 
@@ -59,13 +60,13 @@ def _recomputed_scores(
     visible: torch.Tensor | None,
     step: Step,
     scaling: float,
-    score: tuple[str, str, bool],
+    score: ScoreRequest,
     m: int,
 ) -> torch.Tensor:
     """Return the token scores from one more product over the keys (the fused operation keeps its own to itself)."""
     dtype = torch.float64 if packed.dtype == torch.float64 else torch.float32
     raw = (packed @ keys.transpose(-1, -2)).to(dtype)
-    if score[1] == "logit":
+    if score.metric == "logit":
         return token_scores(raw.unflatten(2, (-1, m)), step, score)
     scores = raw * scaling
     if visible is not None:

@@ -1,10 +1,25 @@
-"""`Request`: what an attention is asked for, which every kernel judges by itself."""
+"""`Request`: what an attention is asked for, which every kernel judges by itself; and `ScoreRequest`, a part of it."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
+
+
+class ScoreRequest(NamedTuple):
+    """Which token scores an attention returns beside its output.
+
+    Attributes:
+        queries (`str`): query rows that count: `"first_last"` (the two may be one and the same), `"last"`, or `"all"`
+            up to the last real one.
+        metric (`str`): the mean of the attention `"weight"`, or of the raw products, `"logit"`.
+        per_head (`bool`): keep the key heads apart, each the mean over its own query heads.
+    """
+
+    queries: str = "first_last"
+    metric: str = "weight"
+    per_head: bool = False
 
 
 class Request(NamedTuple):
@@ -17,7 +32,7 @@ class Request(NamedTuple):
         value_size (`int`): head size of the values.
         queries (`int`): queries per row.
         softcap, sinks (`bool`): whether the scores have a cap, or the softmax learned sinks.
-        score (`tuple[str, str, bool]`, *optional*): token scores that are wanted; see `explicit.cached_attention`.
+        score (`ScoreRequest`, *optional*): token scores that are wanted.
     """
 
     device: str
@@ -27,7 +42,7 @@ class Request(NamedTuple):
     queries: int = 1
     softcap: bool = False
     sinks: bool = False
-    score: tuple[str, str, bool] | None = None
+    score: ScoreRequest | None = None
 
     @classmethod
     def read(cls, query: torch.Tensor, value: torch.Tensor, rules: dict[str, Any]) -> Request:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from .request import ScoreRequest
+
 
 Made = TypeVar("Made")
 
@@ -45,10 +47,10 @@ class ScoreSink(Protocol):
     """Takes the scores of one layer's cached tokens during a target forward.
 
     Attributes:
-        wanted (`tuple[str, str, bool]`): query rows, metric, and whether key heads are kept apart.
+        request (`ScoreRequest`): which scores it takes.
     """
 
-    wanted: tuple[str, str, bool]
+    request: ScoreRequest
 
     def begin(self, starts: Sequence[int], last: Sequence[int]) -> None:
         """Prepare for a forward; per row the position of its first token and the index of its last real query."""
@@ -64,6 +66,27 @@ class ScoreSink(Protocol):
 
     def finish(self, step: Step) -> None:
         """Learn that every layer has run."""
+
+
+class ForwardRequest(NamedTuple):
+    """What a forward is asked beside its tokens.
+
+    Attributes:
+        score (`ScoreSink`, *optional*): takes the two scored query rows' attention.
+        last (`list[int]`, *optional*): per row, the index of its last real query when it is scored; by default the
+            last token's.
+        view (`DraftView`, *optional*): read instead of the cache by the layers that it covers.
+        hidden (`bool`): whether the LM head's input is returned too.
+    """
+
+    score: ScoreSink | None = None
+    last: Sequence[int] | None = None
+    view: DraftView | None = None
+    hidden: bool = False
+
+
+TOKENS_ONLY = ForwardRequest()
+"""The request of a forward that is asked for nothing more."""
 
 
 def upload(values: Any, device: torch.device) -> torch.Tensor:

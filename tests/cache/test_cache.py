@@ -13,6 +13,7 @@ from transformers import DynamicCache, MistralConfig
 
 from hf_specdec.cache.sparse import SparseView, flat_rows, gather_rows
 from hf_specdec.cache.speculative import SpeculativeCache, SpeculativeLayer
+from hf_specdec.kernels.request import ScoreRequest
 from hf_specdec.kernels.step import Step
 
 
@@ -265,7 +266,7 @@ def budget(keys: int, valid: int) -> int:
 
 def view_of(rows: int, gamma: int, windows=(None, None), **options) -> tuple[SpeculativeCache, SparseView]:
     cache = SpeculativeCache(windows, rows, 64)
-    options = {"wanted": ("first_last", "weight", False), **options}
+    options = {"request": ScoreRequest(), **options}
     return cache, SparseView(cache, rows, options.pop("budget", budget), 2 * gamma + 1, **options)
 
 
@@ -277,7 +278,7 @@ def target_forward(cache, view, starts, tags, last=None, generator=None):
     for index in range(len(cache.layers)):
         keys, values = cache.update(states(tags), states(tags, offset=0.5), index)
         if view.wants(index):
-            shape = (len(starts), HEADS, step.high) if view.wanted[2] else (len(starts), step.high)
+            shape = (len(starts), HEADS, step.high) if view.request.per_head else (len(starts), step.high)
             metrics[index] = torch.rand(shape, generator=generator)
             view.take(index, metrics[index], step, keys, values)
     view.finish(step)
@@ -403,7 +404,7 @@ def test_buffers_grow_with_the_budget():
 
 def test_a_choice_per_key_head():
     """Each key head reads its own tokens."""
-    cache, view = view_of(2, 2, wanted=("first_last", "weight", True))
+    cache, view = view_of(2, 2, request=ScoreRequest(per_head=True))
     tags = torch.arange(20)[None] + 1000 * torch.arange(1, 3)[:, None]
     feed(cache, [0, 0], tags)
     metrics = target_forward(cache, view, [19, 13], tags.gather(1, torch.tensor([[19], [13]])))
@@ -430,7 +431,7 @@ def test_sinks_and_newest_candidates_are_always_chosen(sinks, locals_):
 
 @pytest.mark.parametrize("per_head", [False, True])
 def test_the_window_selection_is_by_position(per_head):
-    cache, view = view_of(2, 2, sinks=1, by_position=True, wanted=("first_last", "weight", per_head))
+    cache, view = view_of(2, 2, sinks=1, by_position=True, request=ScoreRequest(per_head=per_head))
     feed(cache, [0, 0], torch.zeros(2, 20))
     target_forward(cache, view, [19, 10], torch.zeros(2, 1))
     for row, (valid, count) in enumerate([(20, 5), (11, 3)]):

@@ -25,6 +25,7 @@ from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import Forward, ModelRunner
 from hf_specdec.kernels import choice
 from hf_specdec.kernels.dispatch import register, speculative_attention
+from hf_specdec.kernels.step import ForwardRequest
 
 
 COMPILED = (
@@ -174,7 +175,7 @@ def test_a_forward_of_another_shape_runs_uncaptured(recorded, llama):
         ]
         for start, width in ((0, 1), (1, 3), (4, 2), (6, 1), (7, 4)):
             part = llama.ids[:1, start : start + width]
-            found, expected = (runner.forward(part, [start], hidden=True) for runner in runners)
+            found, expected = (runner.forward(part, [start], ForwardRequest(hidden=True)) for runner in runners)
             torch.testing.assert_close(found.logits, expected.logits)
             torch.testing.assert_close(found.hidden, expected.hidden)
     assert recorded["captured"] == 2

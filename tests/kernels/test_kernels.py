@@ -12,6 +12,7 @@ from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.integration import decoding_loop
 from hf_specdec.kernels import choice, dispatch, explicit, packed, reference
+from hf_specdec.kernels.request import ScoreRequest
 from hf_specdec.kernels.step import Step
 
 
@@ -89,9 +90,7 @@ def test_packed_refuses_what_it_cannot_do(rules):
 def test_capacity_does_not_matter(kernel, capacity, starts):
     """Storage much larger than the text, about as large, and either side of the share from which all of it is read."""
     query, key, value = inputs(starts, 3, capacity=capacity)
-    output, metric = KERNELS[kernel](
-        query, key, value, Step(starts, 3, CPU), scaling=0.3, score=("first_last", "weight", False)
-    )
+    output, metric = KERNELS[kernel](query, key, value, Step(starts, 3, CPU), scaling=0.3, score=ScoreRequest())
     used = key[:, :, :20], value[:, :, :20]
     torch.testing.assert_close(output, expected(query, *used, starts, scaling=0.3), atol=1e-12, rtol=0)
     weights, raw = reference.attention_weights(query, used[0], torch.tensor(starts), scaling=0.3)
@@ -148,7 +147,7 @@ def test_token_scores(kernel, queries, metric, per_head, starts, last, groups, k
     """Table rows 3, 5 and 16: the mean over query heads and chosen rows, in float64."""
     query, key, value = inputs(starts, 5, groups=groups, key_heads=key_heads, capacity=max(starts) + 6)
     step = Step(starts, 5, CPU, last=last)
-    _, scores = KERNELS[kernel](query, key, value, step, scaling=0.3, score=(queries, metric, per_head))
+    _, scores = KERNELS[kernel](query, key, value, step, scaling=0.3, score=ScoreRequest(queries, metric, per_head))
     weights, raw = reference.attention_weights(query, key, torch.tensor(starts), scaling=0.3)
     wanted = reference.token_scores(
         weights, raw, torch.tensor(last), queries=queries, metric=metric, key_heads=key_heads if per_head else None
@@ -166,7 +165,7 @@ def test_token_scores_with_softcap_and_sinks(softcap, with_sinks, metric):
     query, key, value = inputs(starts, 4, groups=2)
     rules = {"scaling": 0.5, "softcap": softcap, "sinks": torch.arange(4).double() if with_sinks else None}
     step = Step(starts, 4, CPU, last=last)
-    _, scores = explicit.cached_attention(query, key, value, step, score=("first_last", metric, False), **rules)
+    _, scores = explicit.cached_attention(query, key, value, step, score=ScoreRequest(metric=metric), **rules)
     weights, raw = reference.attention_weights(query, key, torch.tensor(starts), **rules)
     wanted = reference.token_scores(weights, raw, torch.tensor(last), queries="first_last", metric=metric)
     for row, start in enumerate(starts):
@@ -176,7 +175,7 @@ def test_token_scores_with_softcap_and_sinks(softcap, with_sinks, metric):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_token_scores_in_low_precision_are_float32(kernel):
     query, key, value = inputs([50], 4, d=32, dtype=torch.bfloat16, spread=1.0)
-    _, scores = KERNELS[kernel](query, key, value, Step([50], 4, CPU), scaling=0.2, score=("all", "weight", False))
+    _, scores = KERNELS[kernel](query, key, value, Step([50], 4, CPU), scaling=0.2, score=ScoreRequest("all"))
     assert scores.dtype == torch.float32
     weights, raw = reference.attention_weights(query, key, torch.tensor([50]), scaling=0.2)
     wanted = reference.token_scores(weights, raw, torch.tensor([3]), queries="all", metric="weight")
@@ -194,7 +193,7 @@ def test_row_15_weights_sum_to_one_over_what_a_query_sees(kernel, starts):
     output, _ = KERNELS[kernel](query, key, value, Step(starts, 3, CPU), scaling=0.6)
     torch.testing.assert_close(output, torch.ones_like(output), atol=1e-12, rtol=0)
     for queries, total in (("last", 1.0), ("first_last", 1.0), ("all", 1.0)):
-        rule = (queries, "weight", True)
+        rule = ScoreRequest(queries, per_head=True)
         _, scores = KERNELS[kernel](query, key, value, Step(starts, 3, CPU), scaling=0.6, score=rule)
         torch.testing.assert_close(scores.sum(-1), torch.full_like(scores[..., 0], total), atol=1e-12, rtol=0)
 
@@ -235,7 +234,7 @@ def test_in_pieces_takes_no_scores():
     query, key, value = inputs([3], 4)
     with pytest.raises(ValueError, match="scores"):
         packed.in_pieces(explicit.cached_attention, 2)(
-            query, key, value, Step([3], 4, CPU), scaling=1.0, score=("last", "weight", False)
+            query, key, value, Step([3], 4, CPU), scaling=1.0, score=ScoreRequest("last")
         )
 
 

@@ -24,6 +24,8 @@ from transformers.utils import logging
 from ...cache.fixed import FixedView
 from ...cache.sparse import SparseView
 from ...configuration import SpeculationConfig
+from ...kernels.request import ScoreRequest
+from ...kernels.step import TOKENS_ONLY, ForwardRequest
 from ..state import DecodingState
 from ..strategy import Draft, Drafter, SpeculationStrategy
 
@@ -123,7 +125,7 @@ class VegasDrafter(Drafter):
             len(state.active),
             config.budget,
             recents=2 * config.num_assistant_tokens + 1,
-            wanted=(config.queries, config.metric, config.per_key_head),
+            request=ScoreRequest(config.queries, config.metric, config.per_key_head),
             sinks=sinks,
             locals_=config.num_recent,
             by_position=config.selection == "window",
@@ -137,7 +139,7 @@ class VegasDrafter(Drafter):
         state.followers.append(self.view)
         state.stats.method.update(plain_rows=0, selections=0, mean_kv_budget=0.0)
 
-    def prefill_kwargs(self, state: DecodingState) -> dict[str, Any]:
+    def prefill_request(self, state: DecodingState) -> ForwardRequest:
         """Let the last prompt token's forward make the first selection."""
         return self._scoring(state, [0] * len(state.active))
 
@@ -165,7 +167,8 @@ class VegasDrafter(Drafter):
             ]
             view.place(positions)
             state.stats.draft_forwards += 1
-            logits = state.target.forward(token, positions, view=view).logits[:, -1].to(state.device)
+            logits = state.target.forward(token, positions, ForwardRequest(view=view)).logits[:, -1]
+            logits = logits.to(state.device)
             choice, distribution = state.choose(state.process_next(logits, drafts))
             token = choice[:, None]
             drafts = torch.cat([drafts, token], dim=1)
@@ -173,15 +176,15 @@ class VegasDrafter(Drafter):
                 distributions.append(distribution)
         return Draft(drafts, counts, torch.stack(distributions, dim=1) if distributions else None)
 
-    def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
+    def verify_request(self, state: DecodingState, draft: Draft) -> ForwardRequest:
         """Let the verification choose the tokens of the next round, by each row's first and last real query."""
         return self._scoring(state, draft.counts)
 
-    def _scoring(self, state: DecodingState, last: list[int]) -> dict[str, Any]:
+    def _scoring(self, state: DecodingState, last: list[int]) -> ForwardRequest:
         longest = max(length + count for length, count in zip(state.committed, last, strict=True))
         if longest + 1 < self.config.min_context or not any(self.view.covered):
-            return {}  # no row can draft in the next round
-        return {"score": self.view, "last": last}
+            return TOKENS_ONLY  # no row can draft in the next round
+        return ForwardRequest(self.view, last)
 
     def commit(self, state: DecodingState) -> None:
         """Count what the last forward chose."""

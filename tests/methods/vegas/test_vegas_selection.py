@@ -25,7 +25,8 @@ from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.generation.strategy import SpeculationStrategy
 from hf_specdec.kernels import explicit
-from hf_specdec.kernels.step import Step
+from hf_specdec.kernels.request import ScoreRequest
+from hf_specdec.kernels.step import TOKENS_ONLY, Step
 from hf_specdec.texts import long_batch
 
 
@@ -94,9 +95,9 @@ def test_row_2_draft_forwards_touch_nothing_as_long_as_the_text(llama, lengths):
     """With a fixed budget no operation of a draft forward sees a dimension of the context's length."""
     drafts, verifications = LongTensors(min(lengths)), LongTensors(min(lengths))
 
-    def forward(original, *args, **options):
-        with drafts if options.get("view") is not None else verifications:
-            return original(*args, **options)
+    def forward(original, runner, tokens, starts, request=TOKENS_ONLY):
+        with drafts if request.view is not None else verifications:
+            return original(runner, tokens, starts, request)
 
     config = vegas(min_tokens=16, max_tokens=16, num_assistant_tokens=3)
     with wrapped(ModelRunner, "forward", forward):
@@ -196,9 +197,9 @@ def construct(target_of_line, queries="first_last", positions=(10,)):
     m, start = len(target_of_line), positions[0]
     key = torch.eye(16, dtype=torch.float64)[None, None].expand(1, 2, -1, -1).contiguous()
     query = 20 * key[0, 0, target_of_line][None, None].expand(1, 4, -1, -1)
-    view = SparseView(FakeCache(), 1, lambda keys, valid: 2, 9, (queries, "weight", False))
+    view = SparseView(FakeCache(), 1, lambda keys, valid: 2, 9, ScoreRequest(queries))
     step = Step([start], m, CPU, score=view)
-    rule = {"scaling": 1.0, "score": view.wanted}
+    rule = {"scaling": 1.0, "score": view.request}
     _, metric = explicit.cached_attention(query, key, key, step, **rule)
     view.begin(step.starts, step.last)
     view.take(0, metric, step, key, key)
@@ -231,9 +232,9 @@ def test_row_5_one_loud_head_counts_as_its_share(query_heads, key_heads):
         query = torch.randn(1, query_heads, 4, 8, generator=generator, dtype=torch.float64)
         query[:, loud] *= 30
         key = torch.randn(1, key_heads, 24, 8, generator=generator, dtype=torch.float64)
-        view = SparseView(FakeCache(), 1, lambda keys, valid: 6, 7, ("first_last", "weight", False))
+        view = SparseView(FakeCache(), 1, lambda keys, valid: 6, 7, ScoreRequest())
         step = Step([19], 4, CPU, score=view)
-        _, metric = explicit.cached_attention(query, key, key, step, scaling=0.5, score=view.wanted)
+        _, metric = explicit.cached_attention(query, key, key, step, scaling=0.5, score=view.request)
         view.begin(step.starts, step.last)
         view.take(0, metric, step, key, key)
         (scores,) = definition(query, key, [19], [3], 0.5)
@@ -254,9 +255,9 @@ def test_row_8_one_choice_per_layer_and_round(llama, lengths):
         original(view, layer_idx, *args)
         events.append(("chosen", view.chosen[layer_idx].tolist()))
 
-    def forward(original, *args, **options):
-        events.append(("draft" if options.get("view") is not None else "verify", None))
-        return original(*args, **options)
+    def forward(original, runner, tokens, starts, request=TOKENS_ONLY):
+        events.append(("draft" if request.view is not None else "verify", None))
+        return original(runner, tokens, starts, request)
 
     with wrapped(SparseView, "take", take), wrapped(ModelRunner, "forward", forward):
         stats = generate(llama, prompts(*lengths), assistant_strategy=vegas(kv_ratio=0.1)).speculation
@@ -418,9 +419,9 @@ def test_row_18_scores_need_few_values_per_layer(llama):
 
     def verify(original, strategy, state, draft):
         step = torch.cat([state.pending, draft.tokens], dim=1)
-        for options in ({}, strategy.drafter.verify_kwargs(state, draft)):
+        for request in (TOKENS_ONLY, strategy.drafter.verify_request(state, draft)):
             with Made() as counter:
-                state.target.forward(step, [count - 1 for count in state.committed], **options)
+                state.target.forward(step, [count - 1 for count in state.committed], request)
             made.append(counter)
         return original(strategy, state, draft)
 

@@ -13,6 +13,7 @@ from transformers import (
 
 from hf_specdec import VegasConfig
 from hf_specdec.generation.runner import ModelRunner
+from hf_specdec.kernels.step import TOKENS_ONLY
 
 
 VOCAB = 60
@@ -75,9 +76,9 @@ def recorded_drafts():
     """Collect the logits of every draft forward."""
     found = []
 
-    def forward(original, *args, **options):
-        result = original(*args, **options)
-        if options.get("view") is not None:
+    def forward(original, runner, tokens, starts, request=TOKENS_ONLY):
+        result = original(runner, tokens, starts, request)
+        if request.view is not None:
             found.append(result.logits.clone())
         return result
 

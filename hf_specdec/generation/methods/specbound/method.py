@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from ....configuration import SpeculationConfig
 from ....kernels.dispatch import speculative_attention
+from ....kernels.step import ForwardRequest
 from ...models.layerwise import Layerwise, Staircase, watched
 from ...models.surgery import decoder_layers
 from ...runner import Forward
@@ -172,7 +173,7 @@ class SpecBoundStrategy(SpeculationStrategy):
         """Run the prompt as usual, without tests."""
         first = state.prompt.cached[state.active[0]]
         with watched(state.model, [*self.exits, self.depth] if self.heads.kind == "block" else []) as seen:
-            output = state.prefill(hidden=self.hidden)
+            output = state.prefill(ForwardRequest(hidden=self.hidden))
         self.parts = Layerwise(state.model)
         self.parts.check(state.target, state.pending, state.committed[0] - 1, output.logits)
         self.tail = self.parts.tail()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
+from ....kernels.step import ForwardRequest
 from ... import acceptance
 from ...state import DecodingState
 from ...strategy import Draft, Drafter
@@ -57,9 +58,9 @@ class SlimDrafter(Drafter):
             skipped_share=slim.units.share(slim.found.keep),
         )
 
-    def prefill_kwargs(self, state: DecodingState) -> dict[str, Any]:
+    def prefill_request(self, state: DecodingState) -> ForwardRequest:
         """Return the inner drafter's."""
-        return self.inner.prefill_kwargs(state)
+        return self.inner.prefill_request(state)
 
     def prefill(self, state: DecodingState) -> None:
         """Let both tiers read the prompts."""
@@ -82,7 +83,7 @@ class SlimDrafter(Drafter):
                 new = self._gather(state, draft, block, stages)
                 # as if emitted, so that what drafts and reads next sees it, until the model judges
                 speculation.enter_context(state.text.speculated(new))
-                self._commit(state)
+                self.commit(state)
                 self.reschedule(draft.counts, block.kept)
         counts = [len(stage.tokens) for stage in stages]
         state.stats.method["candidates"] += sum(counts)
@@ -154,15 +155,12 @@ class SlimDrafter(Drafter):
             limit = cast(int, self.inner.limit) + (2 if whole else -1)
             self.inner.limit = max(1, min(LONGEST_DRAFT, limit))
 
-    def verify_kwargs(self, state: DecodingState, draft: Draft) -> dict[str, Any]:
+    def verify_request(self, state: DecodingState, draft: Draft) -> ForwardRequest:
         """Return the inner drafter's."""
-        return self.inner.verify_kwargs(state, draft)
+        return self.inner.verify_request(state, draft)
 
     def commit(self, state: DecodingState) -> None:
         """Let both tiers take note of the text."""
-        self._commit(state)
-
-    def _commit(self, state: DecodingState) -> None:
         self.inner.commit(state)
         self.slim.commit(state)
 
