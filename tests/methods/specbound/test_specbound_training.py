@@ -173,7 +173,7 @@ def test_a_replay_is_what_its_costs_say():
     # round 1 drafts at 0 and 1, both right, and stops by width; round 2 begins at 3 and is difficult at once; round 3
     # drafts at 4, where one more token may follow: nothing wrong was drafted, so nothing is guessed at
     one = 2.0 + 3 * 0.25 + (0.5 + 1.0) + 6.0
-    # token 0 leaves at 1; token 1 takes layer 1 alone, 2 with token 0; token 2 takes 1 and 2 alone, the others with all
+    # token 0 leaves at 1; token 1 takes layer 1 alone, 2 with token 0; token 2 takes both alone, the others with all
     one += 1.0 + 1.0 + 1.5 + 1.0 + 1.0 + 6 * 1.5
     two = 2.0 + 0.25 + 1.0 + 4.0 + 8.0
     three = 2.0 + 2 * 0.25 + 0.5 + 5.0 + 1.0 + 1.0 + 7 * 1.5
