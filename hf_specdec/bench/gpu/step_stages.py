@@ -18,6 +18,7 @@ from ...cache.speculative import SpeculativeCache
 from ...generation.methods.vegas import VegasConfig
 from ...generation.programs import make_runner
 from ...kernels.dispatch import register, speculative_attention
+from ...kernels.step import ForwardRequest
 from ..cases import SCORED
 from ..steps import TINY, build, shape_config, weight_bytes
 from .kernel_stages import QUERIES
@@ -68,14 +69,15 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
     view = FixedView(cache, rows, VegasConfig(min_tokens=16).budget, 2 * QUERIES - 1, SCORED, longest=longest)
     runner = make_runner(mode, model, cache, longest, widths=[1, QUERIES])
     tokens = torch.randint(config.vocab_size, (rows, QUERIES), device=run.device)
-    one, starts, zeros = tokens[:, :1], [context - 1] * rows, [0] * rows
+    one, starts = tokens[:, :1], [context - 1] * rows
+    first, verify = (ForwardRequest(score=view, last=[last] * rows) for last in (0, QUERIES - 1))
 
     def draft() -> Any:
         view.place([context] * rows)
-        return runner.forward(one, [context] * rows, view=view)
+        return runner.forward(one, [context] * rows, ForwardRequest(view=view))
 
     forwards: dict[str, Callable[[], Any]] = {
-        "verification, scored": lambda: runner.forward(tokens, starts, score=view, last=[QUERIES - 1] * rows),
+        "verification, scored": lambda: runner.forward(tokens, starts, verify),
         "verification": lambda: runner.forward(tokens, starts),
         "draft step": draft,
         "plain step": lambda: runner.forward(one, starts),
@@ -84,17 +86,17 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
     with speculative_attention(model), torch.no_grad():
         _linear_layers(run, model, rows)
         for what, call in (("first forward", runner.forward), ("captures of a round", runner.warm_up)):
-            begin = time.perf_counter()
-            call(one, starts, score=view, last=zeros)
+            started = time.perf_counter()
+            call(one, starts, first)
             run.wait()
-            run.note(what, seconds=time.perf_counter() - begin, **note)
+            run.note(what, seconds=time.perf_counter() - started, **note)
         for name, forward in forwards.items():
             run.note(name, ms=run.timed(forward, cold=False), **note)
             count = 2 if run.tiny else 12
-            begin = time.perf_counter()
+            started = time.perf_counter()
             for _ in range(count):
                 forward()
-            host = time.perf_counter() - begin
+            host = time.perf_counter() - started
             run.note(f"{name}: the host's part", ms=1000 * host / count, **note)
             _list_kernels(run, name, forward)
         _selection(run, view, cache, rows, context)

@@ -43,7 +43,7 @@ from ...stats import SpeculationStats
 from ...strategy import SpeculationStrategy, StepResult
 from .depth_map import DepthMap
 from .draft_module import KIND, DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
-from .pipeline import InThreads, Job, Pipeline, in_series
+from .pipeline import InThreads, Job, LocalPipeline, Pipeline, in_series
 from .ranked_pipeline import RankedPipeline, serve
 from .ranks import STOP, Ranks
 
@@ -262,7 +262,7 @@ class SPDStrategy(SpeculationStrategy):
                 "The strategy 'spd' with schedule 'serial' runs the stages one after the other, so it measures "
                 "acceptance and gains no time; see `schedule`."
             )
-        return Pipeline(self.depths, run_all)
+        return LocalPipeline(self.depths, run_all)
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the prompt as usual, and let the draft module read its features."""

@@ -46,13 +46,14 @@ class ViaSDStrategy(SpeculationStrategy):
         "safe": {"mode": "lossy"},
         "paper": {
             "mode": "lossy",
-            "alpha1": 0.5,
-            "alpha2": 0.3,
+            # the paper asks r >= 1 - 0.3 of all but tier C and r >= 1 - 0.5 of tier A, which leaves B empty; these are
+            # the same two thresholds in order
+            "tau_accept": 0.7,
+            "tau_escalate": 0.5,
             "regen_min_conf": 0.0,
-            "bonus_min_conf": 1.01,
+            "bonus_min_conf": None,
             "max_pending": None,
             "eos_guard": False,
-            "skip_budget_by": "count",
         },
     }
     aliases = {"lossless": ""}
@@ -91,7 +92,7 @@ class ViaSDStrategy(SpeculationStrategy):
         """Run the prompts through all tiers."""
         first = super().prefill(state)
         if self.tiers is not None:
-            self.tiers.begin(state)
+            self.tiers.start(state)
         return first
 
     def step(self, state: DecodingState) -> StepResult:
