@@ -219,7 +219,7 @@ class DraftReader:
 
 def _depths(model: PreTrainedModel, reference: AdapterReference) -> DepthMap:
     """Return the depth map of an adapter that was made for `model`."""
-    record = cast("dict[str, Any]", reference.record)
+    record = reference.record
     if record["architecture"] != ARCHITECTURE:
         raise ValueError(
             f"The adapter in {reference.place} has the architecture {record['architecture']!r}; this release reads "
@@ -250,7 +250,7 @@ def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraf
 
 
 def _build(model: PreTrainedModel, adapter: Adapter) -> PipelineDraftModule:
-    record, depths = adapter.record, _depths(model, adapter.reference)
+    record, depths = adapter.record, _depths(model, adapter)
     ids, span, family = adapter.take_vocabulary("draft_token_ids"), record.get("train_span"), record.get("family")
     module = PipelineDraftModule(model, depths, record["templates"], ids, span, family, record)
     what = f"the tensors of a draft module with features {depths.features}"
