@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from ..kernels.address import upload
 from ..kernels.dispatch import speculative_attention
-from ..kernels.step import TOKENS_ONLY, ForwardRequest, upload
+from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from .processors import ProcessorChain
 from .prompt import Prompt
 from .runner import Forward, ModelRunner

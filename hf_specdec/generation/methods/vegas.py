@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from ...cache.fixed import FixedView
+from ...cache.selection import FixedSelector, Selector
 from ...cache.sparse import SparseView
 from ...configuration import SpeculationConfig
-from ...kernels.request import ScoreRequest
-from ...kernels.step import TOKENS_ONLY, ForwardRequest
+from ...kernels.request import TOKENS_ONLY, ForwardRequest, ScoreRequest
 from ..state import DecodingState
 from ..strategy import Draft, Drafter, SpeculationStrategy
 
@@ -108,7 +109,7 @@ class VegasDrafter(Drafter):
 
     def __init__(self, config: VegasConfig) -> None:
         self.config = config
-        self.view: SparseView
+        self.view: SparseView | FixedView
 
     def setup(self, state: DecodingState) -> None:
         """Make the draft view of the target's cache."""
@@ -116,21 +117,16 @@ class VegasDrafter(Drafter):
         sinks = config.num_sink
         if sinks is None:
             sinks = _WINDOW_SINKS if config.selection == "window" else 0
-        stats, device = state.stats, state.device  # not the state: it holds the view
-        options: dict[str, Any] = {"timed": lambda: stats.phase("select", device)}
+        request = ScoreRequest(config.queries, config.metric, config.per_key_head)
+        rules: Any = {"sinks": sinks, "newest": config.num_recent, "by_position": config.selection == "window"}
+        cache, recents, rows = state.target.cache, 2 * config.num_assistant_tokens + 1, len(state.active)
         if state.target.fixed:  # selection is a part of the captured verification, and not timed apart
-            options = {"longest": state.longest}
-        self.view = (FixedView if state.target.fixed else SparseView)(
-            state.target.cache,
-            len(state.active),
-            config.budget,
-            recents=2 * config.num_assistant_tokens + 1,
-            request=ScoreRequest(config.queries, config.metric, config.per_key_head),
-            sinks=sinks,
-            locals_=config.num_recent,
-            by_position=config.selection == "window",
-            **options,
-        )
+            selector = FixedSelector(rows, config.budget, request, longest=state.longest, **rules)
+            self.view = FixedView(cache, selector, recents)
+        else:
+            stats, device = state.stats, state.device  # not the state: it holds the view
+            timed = partial(stats.phase, "select", device)
+            self.view = SparseView(cache, Selector(rows, config.budget, request, **rules), recents, timed)
         if not any(self.view.covered):
             logger.warning_once(
                 f"{type(state.model).__name__} has sliding-window layers only: Vegas has nothing to leave out, so "
@@ -190,7 +186,7 @@ class VegasDrafter(Drafter):
         """Count what the last forward chose."""
         method, view = state.stats.method, self.view
         method["selections"] = view.selections
-        if view.selections:
+        if view.selections and view.counts:
             method["mean_kv_budget"] = sum(view.counts) / len(view.counts)
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ....configuration import SpeculationConfig
-from ....kernels.step import upload
+from ....kernels.address import upload
 from ... import acceptance
 from ...drafting import AssistantDrafter, chosen_drafter
 from ...runner import Forward

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from .... import _compat
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
+from ....kernels.address import Address
 from ....kernels.dispatch import MaskSpec
-from ....kernels.step import Step
 from ...models.adapters import Adapter, check_model, describe, load_once, read_record, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, placed, run_layer
 from ...models.surgery import decoder_layers, place_layer
@@ -203,7 +203,7 @@ class DraftReader:
 
     def _read(self, rows: torch.Tensor) -> torch.Tensor:
         """Run rows that follow the cached ones, at their true positions."""
-        step = self.cache.begin(Step([self.end - self.first], rows.shape[1], rows.device))
+        step = self.cache.begin(Address([self.end - self.first], rows.shape[1]))
         positions = torch.arange(self.end, self.end + rows.shape[1], device=rows.device).clamp(max=self.last)
         recording = self.parts.record(
             inputs_embeds=rows,

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ....cache.speculative import SpeculativeCache
-from ....kernels.step import ForwardRequest
+from ....kernels.request import ForwardRequest
 from ... import acceptance
 from ...drafting import Reader
 from ...runner import ModelRunner
