@@ -22,7 +22,7 @@ SOURCES := hf_specdec $(wildcard tests examples docs)
 install = $(PIP) $(CONSTRAIN) -e '.[$(1)]' $(if $(TRANSFORMERS),'transformers$(TRANSFORMERS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs quality style clean FORCE
+.PHONY: help demo test gpu docs quality style clean FORCE
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -32,6 +32,10 @@ demo: $(VENV)/.demo $(VENV)/.smollm2  ## answer a question about a long text, an
 
 test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+
+gpu: $(VENV)/.test $(VENV)/.smollm2  ## on a machine with a GPU: the kernels' tests, then measurements into gpu-results/
+	$(BIN)/python -m pytest -m gpu -n 4 --dist worksteal
+	$(BIN)/python -m hf_specdec.bench.gpu --out gpu-results $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/, and fail on anything broken
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

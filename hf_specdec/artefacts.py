@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -74,7 +76,7 @@ def locate(name_or_path: str | Path, subfolder: str = "", remember: bool = False
         return _located[key]
     folder = _download(name, CONFIG_NAME, subfolder, hub).parent
     revision = folder.parents[len(PurePosixPath(subfolder).parts) - 1].name if subfolder else folder.name
-    for file in files_of(read_values(folder), place(folder), only_inside=True):
+    for file in files_of(read_values(folder), folder, only_inside=True):
         _download(name, file, subfolder, {**hub, "revision": revision})
     _located[key] = folder
     return folder
@@ -114,37 +116,132 @@ def write_values(folder: Path, values: dict[str, Any]) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def files_of(values: dict[str, Any], where: str, only_inside: bool = False) -> list[str]:
+@dataclass(frozen=True)
+class AdapterReference:
+    """What settings say of their adapter: where it is and, if it lies beside them, what it is.
+
+    Args:
+        name (`str`): the folder or Hub repository that holds it.
+        record (`dict`, *optional*): what the config file records of it; `None` for an adapter elsewhere.
+        files (`tuple[str, ...]`, *optional*): its files, relative to the folder.
+    """
+
+    name: str
+    record: dict[str, Any] | None = None
+    files: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], folder: Path) -> AdapterReference | None:
+        """Return the adapter of the settings `values` in `folder`, `None` if they have none.
+
+        Raises:
+            ValueError: for a record of another format, or a file that may not be read.
+        """
+        entry = values.get("adapter")
+        if isinstance(entry, dict):
+            return cls(str(folder), entry, _record_files(entry, place(folder)))
+        return None if entry is None else cls(entry)
+
+    @classmethod
+    def find(cls, name_or_path: str | Path) -> AdapterReference:
+        """Return the adapter in a folder or Hub repository; its record is `None` if there is none.
+
+        Raises:
+            OSError: if there are no settings, or the repository can't be read.
+            ValueError: as for `parse`.
+        """
+        folder = locate(name_or_path, remember=True)
+        found = cls.parse(read_values(folder), folder)
+        return found if found is not None and found.record is not None else cls(str(folder))
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the files, of an adapter that was parsed or found."""
+        return Path(self.name)
+
+    @property
+    def place(self) -> str:
+        """How messages name the folder: by its repository where it is on the Hub."""
+        return place(self.folder)
+
+    @property
+    def kind(self) -> str | None:
+        """What the adapter is, such as `"draft"`."""
+        return None if self.record is None else self.record.get("kind")
+
+    def check_files(self) -> None:
+        """Raise `FileNotFoundError` unless the folder holds all files."""
+        check_files(self.folder, self.files)
+
+    def copy(self, folder: Path) -> dict[str, Any]:
+        """Copy the files, and the card where there is none yet, into `folder`; return the record.
+
+        Raises:
+            FileNotFoundError: if the folder records no adapter, or one of its files is missing.
+        """
+        if self.record is None:
+            raise FileNotFoundError(f"`adapter={self.name!r}`: {CONFIG_NAME} there records no adapter.")
+        if self.folder.resolve() == folder.resolve():
+            return self.record
+        self.check_files()
+        card = (self.folder / "README.md").is_file() and not (folder / "README.md").exists()
+        for name in (*self.files, *(["README.md"] if card else [])):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, folder / name)
+        return self.record
+
+
+def adapters_of(values: dict[str, Any], folder: Path, inside: str = "") -> Iterator[tuple[str, AdapterReference]]:
+    """Yield the adapters of settings and of settings nested in them, each with its subfolder (`""`, `"drafter/"`)."""
+    own = AdapterReference.parse(values, folder)
+    if own is not None:
+        yield inside, own
+    for name, inner in values.items():
+        if name != "adapter" and isinstance(inner, dict) and "strategy" in inner:
+            yield from adapters_of(inner, folder / name, f"{inside}{name}/")
+
+
+def with_adapters(values: dict[str, Any], folder: Path, rename: Callable[[AdapterReference], str]) -> dict[str, Any]:
+    """Return settings in `folder` that name each adapter, those of nested settings too, by what `rename` returns."""
+    found = {
+        name: with_adapters(value, folder / name, rename) if isinstance(value, dict) and name != "adapter" else value
+        for name, value in values.items()
+    }
+    own = AdapterReference.parse(values, folder)
+    return found if own is None else {**found, "adapter": rename(own)}
+
+
+def files_of(values: dict[str, Any], folder: Path, only_inside: bool = False) -> list[str]:
     """Return the files that settings name, relative to their folder, those of nested settings included.
 
     Args:
         values (`dict`): what a config file holds.
-        where (`str`): of the file, for messages.
+        folder (`Path`): of the file.
         only_inside (`bool`, *optional*, defaults to `False`): refuse an adapter that lies elsewhere.
 
     Raises:
         ValueError: for a record of another format, or a file that may not be read.
     """
-    record, files = values.get("adapter"), []
-    if isinstance(record, dict):
-        files += record_files(record, where)
-    elif record is not None and only_inside:
-        raise ValueError(
-            f"{CONFIG_NAME} in {where} names an adapter elsewhere ({record!r}), and a repository must hold its own. "
-            "Save the settings with `save_pretrained`, which copies the adapter, and push that folder."
-        )
-    for name, inner in values.items():
-        if name == "adapter" or not isinstance(inner, dict) or "strategy" not in inner:
+    where, files = f"{CONFIG_NAME} in {place(folder)}", dict[str, None]()  # in order, each once
+    for inside, adapter in adapters_of(values, folder):
+        if adapter.record is None:
+            if only_inside:
+                raise ValueError(
+                    f"{where} names an adapter elsewhere ({adapter.name!r}), and a repository must hold its own. "
+                    "Save the settings with `save_pretrained`, which copies the adapter, and push that folder."
+                )
             continue
-        nested = files_of(inner, where, only_inside)
-        if nested or isinstance(inner.get("adapter"), dict):
+        path = ""
+        for name in inside.split("/")[:-1]:
             if not name.isidentifier():
-                raise ValueError(f"{CONFIG_NAME} in {where} has a field {name!r}, which is no name of a field.")
-            files += [f"{name}/{file}" for file in (CONFIG_NAME, *nested)]
-    return files
+                raise ValueError(f"{where} has a field {name!r}, which is no name of a field.")
+            path += f"{name}/"
+            files[path + CONFIG_NAME] = None
+        files |= dict.fromkeys(path + file for file in adapter.files)
+    return list(files)
 
 
-def record_files(record: dict[str, Any], where: str) -> list[str]:
+def _record_files(record: dict[str, Any], where: str) -> tuple[str, ...]:
     """Return the files that the record of an adapter names; raise `ValueError` for what may not be read."""
     if record.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -162,40 +259,10 @@ def record_files(record: dict[str, Any], where: str) -> list[str]:
                 f"The adapter in {where} names the file {name!r}. Only {' and '.join(_SUFFIXES)} files inside its own "
                 "folder are read: other formats can carry code. Nothing was loaded; convert it to safetensors."
             )
-    return files
+    return tuple(files)
 
 
-def read_record(name_or_path: str | Path) -> tuple[Any, Path]:
-    """Return what a folder or Hub repository records of its adapter (`None` if there is none), and its folder."""
-    folder = locate(name_or_path, remember=True)
-    record = read_values(folder).get("adapter")
-    if isinstance(record, dict):
-        record_files(record, place(folder))
-    return record, folder
-
-
-def copy_adapter(name_or_path: str | Path, folder: Path) -> dict[str, Any]:
-    """Copy the files of an adapter, and its card where there is none yet, into `folder`; return its record.
-
-    Raises:
-        FileNotFoundError: if there is no such adapter, or one of its files is missing.
-    """
-    record, source = read_record(name_or_path)
-    if not isinstance(record, dict):
-        raise FileNotFoundError(f"`adapter={str(name_or_path)!r}`: {CONFIG_NAME} there records no adapter.")
-    if source.resolve() == folder.resolve():
-        return record
-    files = record_files(record, place(source))
-    check_files(source, files)
-    if (source / "README.md").is_file() and not (folder / "README.md").exists():
-        files = [*files, "README.md"]
-    for name in files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, folder / name)
-    return record
-
-
-def check_files(folder: Path, files: list[str]) -> None:
+def check_files(folder: Path, files: Iterable[str]) -> None:
     """Raise `FileNotFoundError` unless `folder` holds all `files`."""
     for name in files:
         if not (folder / name).is_file():

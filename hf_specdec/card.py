@@ -20,6 +20,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
 from . import artefacts
+from .artefacts import AdapterReference
 from .registry import strategy_class
 
 
@@ -149,7 +150,8 @@ def _completed(text: str, data: ModelCardData, where: str) -> str:
 def _render(folder: Path, config: Settings, repo_id: str | None, results: Results | None) -> tuple[ModelCardData, str]:
     """Return front matter and text of a new card."""
     values = artefacts.read_values(folder)
-    record = values["adapter"] if isinstance(values.get("adapter"), dict) else {}
+    adapter = AdapterReference.parse(values, folder)
+    record = {} if adapter is None or adapter.record is None else adapter.record
     cls = strategy_class(config.strategy)
     base = next((record[name].get("name") for name in _MODELS if isinstance(record.get(name), dict)), None)
     on_hub = str(base).count("/") == 1  # else it is the name of the folder that it was read from

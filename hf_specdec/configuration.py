@@ -14,6 +14,7 @@ from . import artefacts
 from ._version import __version__
 from .artefacts import ADAPTER_NAME as ADAPTER_NAME
 from .artefacts import CONFIG_NAME as CONFIG_NAME
+from .artefacts import AdapterReference
 from .card import write_card
 from .hub import push_config
 from .registry import config_class
@@ -34,21 +35,25 @@ class SpeculationConfig:
     """Base of every strategy's settings.
 
     A subclass adds fields with defaults and checks them in `validate`. Bad values raise `ValueError` (or `TypeError`
-    for a wrong type) when the config is built, so that nothing has been computed by then.
+    for a wrong type) when the config is built, so that nothing has been computed by then. A subclass for which a field
+    of this class means nothing declares the name as a `ClassVar`, with the value that it always has.
 
     Args:
         num_assistant_tokens (`int`, *optional*, defaults to 5): draft tokens per round and row. A value given to
             `generate()` or on `GenerationConfig` overrides it.
         compile (`str`, *optional*): `"graphs"` captures the rounds' forwards as CUDA graphs, `"inductor"` compiles the
             model around its attention (on CPU and CUDA), `"graphs+inductor"` captures what was compiled. None of them
-            changes a token; see docs/speed.md for what they cost and where they pay. For the strategies plain,
-            assisted, prompt_lookup, vegas and diversed.
+            changes a token; see docs/speed.md for what they cost and where they pay. Strategies that run parts of the
+            model by themselves don't have this field.
         kernels (`str`, *optional*, defaults to `"auto"`): what attends over the cache: `"triton"`, `"flash"`
             (flash-attn; forwards whose scores are needed take the next best), `"sdpa"` or `"explicit"`; `"auto"`
             takes the fastest that is there.
     """
 
     strategy: ClassVar[str] = ""
+
+    _replaced: ClassVar[dict[str, str]] = {}
+    """Fields of earlier releases, each with what replaced it: `from_dict` drops them with a warning that says so."""
 
     num_assistant_tokens: int = 5
     compile: str | None = field(default=None, kw_only=True)
@@ -58,7 +63,7 @@ class SpeculationConfig:
         hints = typing.get_type_hints(type(self))
         for own in fields(self):
             _check_type(self, own.name, hints[own.name])
-        if self.num_assistant_tokens < 1:
+        if self.has_field("num_assistant_tokens") and self.num_assistant_tokens < 1:
             raise ValueError(f"`num_assistant_tokens` must be at least 1, got {self.num_assistant_tokens}.")
         for name, allowed in (("compile", (None, *COMPILE_MODES)), ("kernels", KERNELS)):
             if getattr(self, name) not in allowed:
@@ -79,6 +84,11 @@ class SpeculationConfig:
         """Whether these settings name what drafts, so that a method that drafts with an assistant needs none."""
         return False
 
+    @classmethod
+    def has_field(cls, name: str) -> bool:
+        """Return whether `name` is a setting of this class."""
+        return name in (own.name for own in fields(cls))
+
     def override(self: ConfigType, **changes: Any) -> ConfigType:
         """Return a copy with `changes`, validated like a new config."""
         return replace(self, **changes)
@@ -98,7 +108,8 @@ class SpeculationConfig:
 
         Raises:
             ValueError: for an unknown strategy, a strategy that is not this class's, or an unknown field in a file
-                that was not written by a newer release. (A newer release's unknown fields are dropped with a warning.)
+                that was not written by a newer release. (A newer release's unknown fields are dropped with a warning,
+                and so are an older one's that went.)
         """
         values = dict(values)
         name, version = values.pop("strategy", cls.strategy), values.pop("hf_specdec_version", __version__)
@@ -109,6 +120,7 @@ class SpeculationConfig:
             return chosen.from_dict({**values, "strategy": name, "hf_specdec_version": version})
         if name != cls.strategy:
             raise ValueError(f"These settings are for the strategy {name!r}, but {cls.__name__} is {cls.strategy!r}.")
+        values = cls._without_replaced(cls._upgraded(values))
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown and _release(version) <= _release(__version__):
@@ -124,6 +136,23 @@ class SpeculationConfig:
             key: SpeculationConfig.from_dict(v) if isinstance(v, dict) else v for key, v in values.items()
         }
         return cls(**{key: value for key, value in nested.items() if key in known})
+
+    @classmethod
+    def _upgraded(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings with what earlier releases wrote otherwise in today's form; a subclass's to override."""
+        return values
+
+    @classmethod
+    def _without_replaced(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Drop fields of earlier releases, with a warning unless they were unset."""
+        gone = [
+            f"`{name}={value!r}` ({cls._replaced[name]})"
+            for name, value in values.items()
+            if name in cls._replaced and value is not None
+        ]
+        if gone:
+            logger.warning_once(f"{cls.__name__}: these settings hold fields that went: {'; '.join(gone)}.")
+        return {name: value for name, value in values.items() if name not in cls._replaced}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the settings, the adapter that they name, and a card, to a folder that can be moved and pushed.
@@ -148,12 +177,12 @@ class SpeculationConfig:
         values = self.to_dict()
         adapter = getattr(self, "adapter", None)
         if adapter is not None:
-            values["adapter"] = artefacts.copy_adapter(adapter, folder)
+            values["adapter"] = AdapterReference.find(adapter).copy(folder)
         for own in fields(self):
             nested = getattr(self, own.name)
             if isinstance(nested, SpeculationConfig):
                 values[own.name] = nested._saved(folder / own.name)
-                if artefacts.files_of({own.name: values[own.name]}, str(folder)):
+                if artefacts.files_of({own.name: values[own.name]}, folder):
                     artefacts.write_values(folder / own.name, values[own.name])
         return values
 
@@ -236,24 +265,15 @@ def load_config(folder: Path) -> SpeculationConfig:
         ValueError: for a file that is not JSON, or settings that `SpeculationConfig.from_dict` refuses.
     """
     values = artefacts.read_values(folder)
-    artefacts.files_of(values, artefacts.place(folder))
+    located = artefacts.with_adapters(values, folder, lambda adapter: adapter.name)
     try:
-        return SpeculationConfig.from_dict(_located(values, folder))
+        return SpeculationConfig.from_dict(located)
     except (ValueError, TypeError) as error:
         message = f"{CONFIG_NAME} in {artefacts.place(folder)}: {error}"
         version = values.get("hf_specdec_version", __version__)
         if isinstance(version, str) and _release(version) > _release(__version__):
             message += f" It was written by hf_specdec {version}, this is {__version__}: pip install -U hf-specdec."
         raise (TypeError if isinstance(error, TypeError) else ValueError)(message) from error
-
-
-def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return settings whose records of adapters are replaced by the folders in which the adapters lie."""
-    found = {
-        name: _located(value, folder / name) if isinstance(value, dict) and name != "adapter" else value
-        for name, value in values.items()
-    }
-    return {**found, "adapter": str(folder)} if isinstance(found.get("adapter"), dict) else found
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ settings stand in that file, and an adapter is named there by its repository or 
 from __future__ import annotations
 
 import inspect
-import json
 import pprint
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from . import artefacts
 from ._version import __version__
 from .artefacts import HUB_KEYWORDS
-from .configuration import CONFIG_NAME, SpeculationConfig
+from .configuration import SpeculationConfig
 from .integration import generate_with
 from .registry import STRATEGIES, strategy_class
 from .resolve import resolve_strategy
@@ -99,7 +99,7 @@ def export_custom_generate(
     _check_place(path, repo, force)
     keeps_card = (path / "README.md").exists()
     config.save_pretrained(path)
-    adapter = _has_adapter(json.loads((path / CONFIG_NAME).read_text(encoding="utf-8")))
+    adapter = any(artefacts.adapters_of(artefacts.read_values(path), path))
     source = (repo or str(path)) if adapter else config.to_dict()
     if adapter and repo is None:
         logger.warning(
@@ -163,12 +163,6 @@ def _template(name: str) -> Any:
 
     text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
     return jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-
-
-def _has_adapter(values: dict[str, Any]) -> bool:
-    """Whether saved settings, or those of a drafter in them, have an adapter beside them."""
-    nested = [value for key, value in values.items() if key != "adapter" and isinstance(value, dict)]
-    return values.get("adapter") is not None or any(map(_has_adapter, nested))
 
 
 def _card(path: Path, config: SpeculationConfig, repo: str, base_model: str | None, adapter: bool) -> str:

@@ -116,7 +116,7 @@ def check_folder(folder: Path) -> list[str]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{str(folder)!r} is no folder; push one that `save_pretrained` or a training wrote.")
-    named = artefacts.files_of(artefacts.read_values(folder), repr(str(folder)), only_inside=True)
+    named = artefacts.files_of(artefacts.read_values(folder), folder, only_inside=True)
     artefacts.check_files(folder, named)
     for name in named:
         _check_file(folder / name)

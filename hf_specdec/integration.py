@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig, GenerationMixin
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+    from .configuration import SpeculationConfig
+    from .generation.loop import DecodingLoop
 
 logger = logging.get_logger(__name__)
 
@@ -41,11 +45,12 @@ _POSITIONAL = (
     "custom_generate",
 )
 _MARK = "_hf_specdec_original"
+_TAKEN = ("assistant_model", "assistant_tokenizer", "tokenizer", "custom_generate")
 _UNSUPPORTED_FIELDS = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": None}
 
 
 def decoding_loop(
-    strategy: Any,
+    strategy: str | SpeculationConfig,
     *,
     assistant_model: PreTrainedModel | None = None,
     streamer: Any = None,
@@ -56,7 +61,7 @@ def decoding_loop(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-) -> Any:
+) -> DecodingLoop:
     """Return a callable for `model.generate(custom_generate=...)`: the official hook, no wrapper involved.
 
     On that path Transformers drops what is not named here, and only the config's `num_assistant_tokens` counts.
@@ -80,15 +85,28 @@ def decoding_loop(
             a Hub keyword with a strategy that is no Hub repository.
         OSError: if a Hub repository can't be read.
     """
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    models = {"assistant_model": assistant_model, "streamer": streamer}
+    return _make_loop(strategy, settings, hub, models, (tokenizer, assistant_tokenizer))
+
+
+def _make_loop(
+    strategy: str | SpeculationConfig,
+    settings: dict[str, Any] | None,
+    hub: dict[str, Any],
+    models: dict[str, Any],
+    tokenizers: tuple[Any, Any],
+    num_assistant_tokens: int | None = None,
+) -> DecodingLoop:
+    """Return the loop of a strategy; `num_assistant_tokens` is what `generate()` was given."""
     from .generation.admission import check_tokenizers
     from .generation.loop import DecodingLoop
     from .resolve import resolve_strategy
 
     _prepare_attention()
-    check_tokenizers(tokenizer, assistant_tokenizer)
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    config = resolve_strategy(strategy, settings, **hub)
-    return DecodingLoop(config, assistant_model=assistant_model, streamer=streamer)
+    check_tokenizers(*tokenizers)
+    config = resolve_strategy(strategy, settings, num_assistant_tokens=num_assistant_tokens, **hub)
+    return DecodingLoop(config, **models)
 
 
 @functools.cache
@@ -131,7 +149,7 @@ def uninstall() -> None:
             delattr(GenerationConfig, name)
 
 
-def generate_with(strategy: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+def generate_with(strategy: str | SpeculationConfig, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     """Do what `model.generate(*args, assistant_strategy=strategy, **kwargs)` does, wrapper or not.
 
     Args:
@@ -144,7 +162,7 @@ def generate_with(strategy: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     return _generate(original, model, args, {**kwargs, "assistant_strategy": strategy})
 
 
-def _requested(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bool:
+def _requested(model: PreTrainedModel, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
     """Whether any source names a strategy. (Stock's own assistants call `generate` too; they are left alone.)"""
     if getattr(generation_config, "is_assistant", False):
         return False
@@ -157,109 +175,123 @@ def _requested(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bo
     return any(getattr(source, "assistant_strategy", None) is not None for source in sources)
 
 
-def _generate(original: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@dataclass(frozen=True)
+class _Call:
+    """One call of `generate()` that a strategy was named for.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        keywords (`dict`): all that stock would take, positional arguments included.
+        strategy (`str` or `SpeculationConfig`): what `assistant_strategy` is.
+        settings (`dict`, *optional*): fields of its config that differ.
+        asked (`bool`): whether this call names it; a saved generation config does otherwise.
+    """
+
+    model: PreTrainedModel
+    keywords: dict[str, Any]
+    strategy: str | SpeculationConfig
+    settings: dict[str, Any] | None
+    asked: bool
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+        """Read the arguments: keyword over the call's generation config over the model's."""
+        keywords = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        strategy, own = (keywords.pop(name, None) for name in _FIELDS)
+        if own is not None and not isinstance(own, dict):
+            raise TypeError(f"`assistant_strategy_config` must be a dict, got {type(own).__name__}.")
+        sources: list[Any] = [keywords.get("generation_config"), getattr(model, "generation_config", None)]
+        named = [
+            (source.assistant_strategy, source.assistant_strategy_config, place == 0)
+            for place, source in enumerate(sources)
+            if getattr(source, "assistant_strategy", None) is not None
+        ]
+        if strategy is not None:
+            saved = next((found for name, found, _ in named if isinstance(strategy, str) and name == strategy), None)
+            asked = True
+        elif named:
+            strategy, saved, asked = named[0]
+        else:
+            raise ValueError("`assistant_strategy_config` was given without `assistant_strategy`.")
+        settings = {**(saved or {}), **own} if own else saved
+        return cls(model, keywords, strategy, settings, asked or own is not None)
+
+    def value(self, name: str) -> Any:
+        """Return the value of a generation field that somebody set, before stock fills in its defaults."""
+        if self.keywords.get(name) is not None:
+            return self.keywords[name]
+        for source in (self.keywords.get("generation_config"), getattr(self.model, "generation_config", None)):
+            if getattr(source, name, None) is not None and not _compat.is_filled_in(source, name):
+                return getattr(source, name)
+        return None
+
+    def generation_config(self) -> GenerationConfig:
+        """Return what the call, its config and the model's set together, without stock's defaults."""
+        merged = GenerationConfig()
+        for name in vars(merged):
+            value = self.value(name) if not name.startswith("_") else None
+            if value is not None:
+                setattr(merged, name, value)
+        return merged
+
+    def for_stock(self) -> dict[str, Any]:
+        """Return the keywords for stock when our loop decodes: without what the loop has taken over.
+
+        `stop_strings` become a criterion here, because stock loses the tokenizer when the loop is a callable.
+        """
+        keywords = {name: value for name, value in self.keywords.items() if name not in (*_TAKEN, *HUB_KEYWORDS)}
+        strings = self.value("stop_strings")
+        if strings is None:
+            return keywords
+        from transformers import StoppingCriteriaList, StopStringCriteria
+
+        if self.keywords.get("tokenizer") is None:
+            raise ValueError("`stop_strings` needs `tokenizer=` in the call, as without `assistant_strategy`.")
+        criteria = StoppingCriteriaList(keywords.get("stopping_criteria") or [])
+        criteria.append(StopStringCriteria(tokenizer=self.keywords["tokenizer"], stop_strings=strings))
+        keywords["stopping_criteria"] = criteria
+        given = keywords.get("generation_config")
+        if getattr(given, "stop_strings", None) is not None:
+            keywords["generation_config"] = copy.deepcopy(given)
+            keywords["generation_config"].stop_strings = None
+        own = getattr(self.model.generation_config, "stop_strings", None)
+        if keywords.get("stop_strings") is not None or own is not None:
+            keywords["stop_strings"] = None
+        return keywords
+
+
+def _generate(
+    original: Callable[..., Any], model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Resolve the strategy and run stock `generate` with our loop in it."""
     from .generation import admission
 
-    kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-    strategy, settings, explicit = _strategy_of(model, kwargs)
-    kwargs.pop("assistant_strategy", None)
-    kwargs.pop("assistant_strategy_config", None)
-    if strategy == _OFF:
-        return original(model, **kwargs)
-    settings_of_call = _explicit_config(model, kwargs)
-    conflicts = admission.conflicting_modes(settings_of_call)
-    if kwargs.get("custom_generate") is not None:
+    call = _Call.read(model, args, kwargs)
+    if call.strategy == _OFF:
+        return original(model, **call.keywords)
+    config = call.generation_config()
+    conflicts = admission.conflicting_modes(config)
+    if call.keywords.get("custom_generate") is not None:
         conflicts.append("custom_generate")
-    if conflicts and not explicit:
-        logger.warning_once(
-            f"`assistant_strategy={strategy!r}` of the saved generation config gives way to {', '.join(conflicts)}."
-        )
-        return original(model, **kwargs)
+    named = f"`assistant_strategy={call.strategy!r}`"
+    if conflicts and not call.asked:
+        logger.warning_once(f"{named} of the saved generation config gives way to {', '.join(conflicts)}.")
+        return original(model, **call.keywords)
     if conflicts:
-        raise ValueError(
-            f"`assistant_strategy={strategy!r}` can't be combined with {', '.join(conflicts)}; leave one of them out."
-        )
-    tokens = _explicit_value(model, kwargs, "num_assistant_tokens")
-    if tokens is not None:
-        settings = {**(settings or {}), "num_assistant_tokens": tokens}
+        raise ValueError(f"{named} can't be combined with {', '.join(conflicts)}; leave one of them out.")
     for name, neutral in _UNSUPPORTED_FIELDS.items():
-        value = _explicit_value(model, kwargs, name)
+        value = call.value(name)
         if value not in (None, neutral):
             raise ValueError(f"`{name}={value!r}` has no effect under `assistant_strategy`; allowed: {neutral!r}.")
-    loop = decoding_loop(
-        strategy,
-        assistant_model=kwargs.pop("assistant_model", None),
-        streamer=kwargs.get("streamer"),
-        tokenizer=kwargs.get("tokenizer"),
-        assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
-        settings=settings,
-        **{name: kwargs.pop(name) for name in HUB_KEYWORDS if name in kwargs},
+    given = call.keywords
+    loop = _make_loop(
+        call.strategy,
+        call.settings,
+        {name: given[name] for name in HUB_KEYWORDS if name in given},
+        {name: given.get(name) for name in ("assistant_model", "streamer")},
+        (given.get("tokenizer"), given.get("assistant_tokenizer")),
+        call.value("num_assistant_tokens"),
     )
-    # here as well as in the loop: stock may run an encoder or build a cache before it calls the loop
-    admission.layer_windows(model)
-    admission.check_config(settings_of_call)
-    admission.check_call(model, {}, bool(kwargs.get("synced_gpus")))
-    _bind_stop_strings(model, kwargs)
-    kwargs.pop("tokenizer", None)
-    return original(model, custom_generate=loop, **kwargs)
-
-
-def _strategy_of(model: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any] | None, bool]:
-    """Return (strategy, settings, whether this call asks): keyword over the call's config over the model's."""
-    own = kwargs.get("assistant_strategy_config")
-    if own is not None and not isinstance(own, dict):
-        raise TypeError(f"`assistant_strategy_config` must be a dict, got {type(own).__name__}.")
-    sources: list[Any] = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
-    named = [
-        (source.assistant_strategy, source.assistant_strategy_config, place == 0)
-        for place, source in enumerate(sources)
-        if getattr(source, "assistant_strategy", None) is not None
-    ]
-    if kwargs.get("assistant_strategy") is None:
-        if not named:
-            raise ValueError("`assistant_strategy_config` was given without `assistant_strategy`.")
-        strategy, settings, explicit = named[0]
-        return strategy, {**(settings or {}), **own} if own else settings, explicit or own is not None
-    strategy = kwargs["assistant_strategy"]
-    saved = next((settings for name, settings, _ in named if isinstance(strategy, str) and name == strategy), None)
-    return strategy, {**(saved or {}), **own} if own else saved, True
-
-
-def _explicit_value(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """Return the value of a generation field that somebody set, before stock fills in its defaults."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    for source in (kwargs.get("generation_config"), getattr(model, "generation_config", None)):
-        if getattr(source, name, None) is not None and not _compat.is_filled_in(source, name):
-            return getattr(source, name)
-    return None
-
-
-def _explicit_config(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
-    """Return what the call, its config and the model's set together, without stock's defaults."""
-    merged = GenerationConfig()
-    for name in vars(merged):
-        value = _explicit_value(model, kwargs, name) if not name.startswith("_") else None
-        if value is not None:
-            setattr(merged, name, value)
-    return merged
-
-
-def _bind_stop_strings(model: Any, kwargs: dict[str, Any]) -> None:
-    """Turn `stop_strings` into a criterion here: stock loses the tokenizer when the loop is a callable."""
-    strings = _explicit_value(model, kwargs, "stop_strings")
-    if strings is None:
-        return
-    from transformers import StoppingCriteriaList, StopStringCriteria
-
-    if kwargs.get("tokenizer") is None:
-        raise ValueError("`stop_strings` needs `tokenizer=` in the call, as without `assistant_strategy`.")
-    criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
-    criteria.append(StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings))
-    kwargs["stopping_criteria"] = criteria
-    if getattr(kwargs.get("generation_config"), "stop_strings", None) is not None:
-        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-        kwargs["generation_config"].stop_strings = None
-    if kwargs.get("stop_strings") is not None or getattr(model.generation_config, "stop_strings", None) is not None:
-        kwargs["stop_strings"] = None
+    # before stock, which may run an encoder or build a cache; the loop takes the result
+    windows = admission.admit(model, config, bool(given.get("synced_gpus")))
+    return original(model, custom_generate=functools.partial(loop, windows=windows), **call.for_stock())

@@ -13,7 +13,13 @@ from .configuration import CONFIG_NAME, SpeculationConfig, load_config
 from .registry import STRATEGIES, config_class, preset
 
 
-def resolve_strategy(strategy: Any, settings: dict[str, Any] | None = None, **hub: Any) -> SpeculationConfig:
+def resolve_strategy(
+    strategy: str | SpeculationConfig,
+    settings: dict[str, Any] | None = None,
+    *,
+    num_assistant_tokens: int | None = None,
+    **hub: Any,
+) -> SpeculationConfig:
     """Return the config that `assistant_strategy` means.
 
     A Hub repository is asked once per process; `hf_specdec.unload(model)` makes the next call ask again.
@@ -22,37 +28,51 @@ def resolve_strategy(strategy: Any, settings: dict[str, Any] | None = None, **hu
         strategy (`str` or `SpeculationConfig`): a registered name (`"vegas"`, or a preset such as `"vegas:window"`),
             else a folder with a saved config, else a Hub repository.
         settings (`dict`, *optional*): fields of the config that differ from what the name gives.
+        num_assistant_tokens (`int`, *optional*): what `generate()` was given, over all settings.
         hub: `revision`, `token`, `cache_dir` and `local_files_only`, for a Hub repository.
 
     Raises:
         TypeError: for anything that is neither a string nor a config.
-        ValueError: for a string that is none of the three, and for `hub` beside anything but a Hub repository.
+        ValueError: for a string that is none of the three, for `hub` beside anything but a Hub repository, and for
+            `num_assistant_tokens` with a strategy that has no such setting.
         OSError: if the folder or the repository can't be read.
     """
-    settings = dict(settings or {})
-    settings.pop("strategy", None)
-    settings.pop("hf_specdec_version", None)
     given = {name: value for name, value in hub.items() if value is not None and value is not False}
+    config = _named(strategy, given)
+    changes = {
+        name: value for name, value in (settings or {}).items() if name not in ("strategy", "hf_specdec_version")
+    }
+    if num_assistant_tokens is not None:
+        if not config.has_field("num_assistant_tokens"):
+            raise ValueError(
+                f"`num_assistant_tokens={num_assistant_tokens!r}` has no effect with the strategy "
+                f"{config.strategy!r}, which has no such setting; leave it out."
+            )
+        changes["num_assistant_tokens"] = num_assistant_tokens
+    if not changes:
+        return config
     if isinstance(strategy, SpeculationConfig):
-        _refuse(given, "a config")
-        return strategy.override(**settings) if settings else strategy
+        return config.override(**changes)
+    return config_class(config.strategy).from_dict({**config.to_dict(), **changes})
+
+
+def _named(strategy: str | SpeculationConfig, hub: dict[str, Any]) -> SpeculationConfig:
+    """Return the config that a strategy's name, folder or repository means; `hub` holds keywords that were given."""
+    if isinstance(strategy, SpeculationConfig):
+        _refuse(hub, "a config")
+        return strategy
     if not isinstance(strategy, str):
         raise TypeError(
             f"`assistant_strategy` must be a name, a folder, a Hub repository or a config, got "
             f"{type(strategy).__name__}."
         )
-    name = strategy.partition(":")[0]
-    if name in STRATEGIES:
-        _refuse(given, f"the registered strategy {strategy!r}")
-        config = preset(strategy)
-    elif strategy and Path(strategy).is_dir():
-        _refuse(given, f"the folder {strategy!r}")
-        config = SpeculationConfig.from_pretrained(strategy)
-    else:
-        config = _from_hub(strategy, given)
-    if not settings:
-        return config
-    return config_class(config.strategy).from_dict({**config.to_dict(), **settings})
+    if strategy.partition(":")[0] in STRATEGIES:
+        _refuse(hub, f"the registered strategy {strategy!r}")
+        return preset(strategy)
+    if strategy and Path(strategy).is_dir():
+        _refuse(hub, f"the folder {strategy!r}")
+        return load_config(artefacts.locate(strategy))
+    return _from_hub(strategy, hub)
 
 
 def _refuse(hub: dict[str, Any], what: str) -> None:
@@ -99,7 +119,8 @@ def save_strategy(model: PreTrainedModel, folder: str | Path) -> None:
         strategy, settings = resolved.strategy, resolved.to_dict()
     elif strategy.partition(":")[0] not in STRATEGIES:
         strategy = _absolute(strategy)
-    config.assistant_strategy, config.assistant_strategy_config = strategy, _absolute_adapters(settings)
+    config.assistant_strategy = strategy
+    config.assistant_strategy_config = None if settings is None else _absolute_adapters(settings)
     # a config that was derived from the model's own loses unknown entries when it is read back
     config._from_model_config = False
     config.save_pretrained(folder)
@@ -109,14 +130,10 @@ def _absolute(name_or_path: str) -> str:
     return str(Path(name_or_path).resolve()) if Path(name_or_path).is_dir() else name_or_path
 
 
-def _absolute_adapters(settings: Any) -> Any:
+def _absolute_adapters(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings, those nested in them included, that find local adapters from anywhere."""
-    if isinstance(settings, SpeculationConfig):
-        settings = settings.to_dict()
-    if not isinstance(settings, dict):
-        return settings
-    found = {name: _absolute_adapters(value) for name, value in settings.items()}
-    return {**found, "adapter": _absolute(found["adapter"])} if isinstance(found.get("adapter"), str) else found
+    plain = {name: v.to_dict() if isinstance(v, SpeculationConfig) else v for name, v in settings.items()}
+    return artefacts.with_adapters(plain, Path(), lambda adapter: _absolute(adapter.name))
 
 
 def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:

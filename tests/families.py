@@ -128,7 +128,7 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
     config = preset(strategy)
     if config.strategy == "spd":
         return config.override(adapter=ORACLE)
-    changes: dict[str, Any] = {"num_assistant_tokens": tokens}
+    changes: dict[str, Any] = {"num_assistant_tokens": tokens} if config.has_field("num_assistant_tokens") else {}
     if config.strategy == "vegas":
         changes |= {"min_context": 0, "min_tokens": 2, "kv_ratio": 0.3}
     if config.strategy == "diversed":

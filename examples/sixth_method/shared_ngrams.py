@@ -62,7 +62,7 @@ class SharedNgramsDrafter(Drafter):
     def learn(self, state: DecodingState) -> None:
         """Count the followers of up to `context` words in what is new of each active row."""
         for row, length in zip(state.active, state.committed, strict=True):
-            words = state.words[row, :length].tolist()  # on the CPU, so that no device is waited for
+            words = state.text.host[row, :length].tolist()  # on the CPU, so that no device is waited for
             for place in range(max(1, self.learned.get(row, 0)), length):
                 for size in range(1, min(self.context, place) + 1):
                     self.followers[tuple(words[place - size : place])][words[place]] += 1
@@ -71,7 +71,7 @@ class SharedNgramsDrafter(Drafter):
     def propose(self, state: DecodingState) -> Draft:
         """Draft for each row until nothing is known of its newest words."""
         rows = [
-            self.chain(state.words[row, max(0, length - self.context) : length].tolist(), room)
+            self.chain(state.text.host[row, max(0, length - self.context) : length].tolist(), room)
             for row, length, room in zip(state.active, state.committed, state.draft_room(self.limit), strict=True)
         ]
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True)

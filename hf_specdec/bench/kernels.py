@@ -42,7 +42,7 @@ Run = Callable[[], Any]
 _COPIED = {"cuda": 1 << 30}
 _SOME_COPIED = 1 << 26
 _FLUSHED = 1 << 30
-"""Bytes written before each timed launch: more than any L2 holds, for longer than the launch takes to be queued."""
+"""Bytes read before each timed launch: more than any L2 holds, for longer than the launch takes to be queued."""
 _REPEATS = {"cuda": 20}
 _FEW_REPEATS = 3
 
@@ -81,14 +81,16 @@ class KernelRow:
 # time
 
 
-def timed(run: Run, device: torch.device, repeats: int | None = None) -> float:
+def timed(run: Run, device: torch.device, repeats: int | None = None, cold: bool = True) -> float:
     """Return the median milliseconds of `run()` on the device.
 
-    On CUDA each launch lies between two events, and a large write before it empties the caches and keeps the device
-    busy until the launch is queued: no launch overhead is in the time. Elsewhere the wall clock counts, caches warm.
+    On CUDA each launch lies between two events. A large read before it empties the caches and keeps the device busy
+    until the launch is queued, so that no launch overhead is in the time; what a write leaves in the caches would go
+    back to memory during the launch. Elsewhere the wall clock counts, caches warm.
 
     Args:
         repeats (`int`, *optional*): timed launches, after two that are not; by default 20 on CUDA and 3 elsewhere.
+        cold (`bool`, *optional*, defaults to `True`): empty the caches; without it, launches follow each other.
     """
     repeats = repeats or _REPEATS.get(device.type, _FEW_REPEATS)
     run(), run()
@@ -99,11 +101,11 @@ def timed(run: Run, device: torch.device, repeats: int | None = None) -> float:
             run()
             found.append(1000 * (time.perf_counter() - start))
         return statistics.median(found)
-    flush = torch.empty(_FLUSHED, dtype=torch.uint8, device=device)
+    flush = torch.ones(_FLUSHED // 4 if cold else 1, dtype=torch.float32, device=device)
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     with torch.cuda.device(device):
         for begin, end in pairs:
-            flush.zero_()
+            flush.amax()
             begin.record()
             run()
             end.record()
@@ -293,6 +295,7 @@ def measure_kernels(
     bandwidth: float,
     memory: int,
     note: Callable[[str], None] = lambda _: None,
+    only: Sequence[str] | None = None,
 ) -> list[KernelRow]:
     """Time every implementation of every case, and compare its result with the reference in float32.
 
@@ -302,6 +305,7 @@ def measure_kernels(
         bandwidth (`float`): rate of a copy, from `copy_bandwidth`.
         memory (`int`): bytes that may be used; a case that needs more is left out.
         note (`Callable[[str], None]`, *optional*): told what was left out, and why.
+        only (`list[str]`, *optional*): names of `IMPLEMENTATIONS` that are timed; all by default.
     """
     rows, said = [], set()
     for case in cases:
@@ -311,6 +315,8 @@ def measure_kernels(
             continue
         inputs = make_inputs(case, device)
         for name, build in IMPLEMENTATIONS[case.kind].items():
+            if only is not None and name not in only:
+                continue
             run = build(case, inputs)
             if isinstance(run, str):
                 if (name, run) not in said:

@@ -119,7 +119,7 @@ def count_ticks(
                 assistant_strategy=config,
                 **(sampling or {"do_sample": False}),
             )
-        if found[-1].num_drafts:  # else the prefill's token was the end
+        if any(found[-1].accept_lengths):  # else the prefill's token was the end
             report.add(found[-1])
         progress(1)
     return report

@@ -105,9 +105,9 @@ class Selector:
         for values in (self.valid, self.counts):
             values[i], values[j] = values[j], values[i]
 
-    def shrink(self, n: int) -> None:
-        """Forget the rows from the n-th on, which have retired."""
-        del self.valid[n:], self.counts[n:]
+    def shrink(self, rows: int) -> None:
+        """Forget the rows from number `rows` on, which have finished."""
+        del self.valid[rows:], self.counts[rows:]
 
 
 class FixedSelector(Selector):

@@ -109,10 +109,10 @@ class ChosenView:
             if max(i, j) < len(chosen):
                 exchange(chosen, i, j)
 
-    def shrink(self, n: int) -> None:
-        """Forget what is known of the rows from the n-th on, which have retired; the buffers keep their rows."""
-        self.selector.shrink(n)
-        self.chosen = {layer_idx: chosen[:n] for layer_idx, chosen in self.chosen.items()}
+    def shrink(self, rows: int) -> None:
+        """Forget what is known of the rows from number `rows` on, which have finished; the buffers keep their rows."""
+        self.selector.shrink(rows)
+        self.chosen = {layer_idx: chosen[:rows] for layer_idx, chosen in self.chosen.items()}
 
 
 class SparseView(ChosenView):

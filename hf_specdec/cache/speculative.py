@@ -179,8 +179,8 @@ class SpeculativeCache(Cache):
         for layer in self.layers:
             layer.swap(i, j)
 
-    def shrink(self, n: int) -> None:
-        """Do nothing about rows that have retired: their storage stays, and lengths are set when a round ends."""
+    def shrink(self, rows: int) -> None:
+        """Do nothing: a forward names its rows, and finished ones are read again before the cache is returned."""
 
     def load(self, source: Any, columns: torch.Tensor, counts: Sequence[int], width: int, rows: Sequence[int]) -> None:
         """Copy a stock cache's prefix.

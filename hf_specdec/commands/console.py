@@ -77,12 +77,14 @@ def numbers(text: str, option: str) -> list[int]:
     return found
 
 
-def floats(text: str, option: str) -> list[float]:
-    """Return the numbers that an option lists, separated by commas."""
+def floats(text: str, option: str, kind: Callable[[str], float] = float) -> list[float]:
+    """Return the numbers that an option lists, separated by commas; whole ones by `kind=int`."""
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"`{option}` takes numbers separated by commas, got {text!r}.") from error
+        raise ValueError(
+            f"`{option}` takes {'whole ' if kind is int else ''}numbers separated by commas, got {text!r}."
+        ) from error
 
 
 def advancing(progress: Progress, task: TaskID) -> Callable[[Any], None]:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..generation.models.draft_model import load_assistant
+from ..training.distill import DistillSettings
+from ..training.diversed import DiversedTraining, train_diversed
+from ..training.draft import DraftTraining, train_draft
+from ..training.spd import ModuleTraining, train_draft_module
+from ..training.specbound import ExitTraining, train_exit_heads
+from ..training.tasks import Sampling
+from ..training.via_sd import SlimTraining, train_slim
 from .console import Device, Dtype, Model, console, floats, load_model, progress_bar
 
 
@@ -32,12 +43,6 @@ Temperature = Annotated[float, typer.Option(help="Of the sampling; 0 is greedy."
 NewTokens = Annotated[int, typer.Option(help="Tokens of an answer at most.")]
 Rewarding = Annotated[str, typer.Option(help="numeric, exact, rouge2, or a function as module:function.")]
 Assistant = Annotated[str, typer.Option(help="Folder or Hub name of the draft: a model, or one that was cut.")]
-Tokens = Annotated[int, typer.Option(help="Draft tokens per round.")]
-Vocabulary = Annotated[int, typer.Option(help="Words that can be proposed, the most frequent; 0 for all.")]
-Steps = Annotated[int, typer.Option(help="Optimiser steps at most.")]
-Minutes = Annotated[float, typer.Option(help="Stop by the clock; 0 for never.")]
-BatchTokens = Annotated[int, typer.Option(help="Tokens per step and process.")]
-Rate = Annotated[float, typer.Option(help="Learning rate at its peak.")]
 Exclude = Annotated[
     list[Path] | None, typer.Option(help="JSONL of test prompts; training text with one of them is dropped.")
 ]
@@ -76,177 +81,155 @@ def train_text(
     console.print(f"{len(texts)} texts, {sum(len(text.ids) for text in texts)} tokens, written to {out}")
 
 
-@app.command("draft")
-def train_draft_command(
-    data: Data,
-    out: Out,
-    layers: Annotated[str, typer.Option(help="Layers of the target to start from.")] = "0,1,28,29",
-    vocabulary: Vocabulary = 8192,
-    steps: Steps = 20000,
-    minutes: Minutes = 0,
-    batch_tokens: BatchTokens = 2048,
-    learning_rate: Rate = 1e-3,
-    num_assistant_tokens: Tokens = 4,
-    exclude: Exclude = None,
-    resume: Resume = False,
-    seed: Seed = 0,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+@dataclass(frozen=True)
+class _Option:
+    """A field of a trainer's settings as an option: numbers are listed by commas, and 0 or no text stands for `None`.
+
+    Args:
+        field (`Field`): the field.
+        name (`str`): of the option.
+        help (`str`): of the option.
+        kind (`type`): of the value, or of each of several.
+        several (`bool`): whether it lists values.
+        unset (`bool`): whether it may be `None`.
+    """
+
+    field: Field[Any]
+    name: str
+    help: str
+    kind: Callable[[Any], Any]
+    several: bool
+    unset: bool
+
+    def parameter(self, default: Any) -> inspect.Parameter:
+        """Return the command's parameter."""
+        kind: Any = str if self.several else self.kind
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        return inspect.Parameter(
+            self.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else kind() if default is None else default,
+            annotation=Annotated[kind, typer.Option(help=self.help)],
+        )
+
+    def read(self, value: Any) -> Any:
+        """Return the field's value for what the command was given."""
+        if self.unset and not value:
+            return None
+        return tuple(floats(value, f"--{self.name.replace('_', '-')}", self.kind)) if self.several else value
+
+
+def _options(settings: type[Any]) -> list[_Option]:
+    """Return the options that a trainer's settings declare with `option`: their own first, then those of the base."""
+    hints, own, found = typing.get_type_hints(settings), vars(settings)["__annotations__"], []
+    for entry in sorted(fields(settings), key=lambda entry: entry.name not in own):
+        declared = (getattr(cls, "__dataclass_fields__", {}).get(entry.name) for cls in settings.__mro__)
+        about = next((field.metadata for field in declared if field is not None and field.metadata), None)
+        if about is None or not entry.init:
+            continue
+        hint = hints[entry.name]
+        unset = type(None) in typing.get_args(hint)
+        kind = typing.get_args(hint)[0] if unset else hint
+        several = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if several else kind
+        found.append(_Option(entry, about["name"] or entry.name, about["help"], kind, several, unset))
+    return found
+
+
+def with_settings(
+    settings: type[Any], more: dict[str, Any] | None = None, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that turns a command's argument `settings` into the options that these settings declare.
+
+    Args:
+        settings (`type`): a dataclass whose fields were declared with `training.distill.option`.
+        more (`dict`, *optional*): annotations of options that a command takes as `**more`.
+        defaults: the command's defaults where they differ from the settings'.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        options = _options(settings)
+        found: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+            if name == "settings":
+                found += [
+                    option.parameter(defaults.get(option.field.name, option.field.default)) for option in options
+                ]
+            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                only = inspect.Parameter.KEYWORD_ONLY
+                found += [inspect.Parameter(key, only, annotation=value) for key, value in (more or {}).items()]
+            else:
+                found.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {option.field.name: option.read(given.pop(option.name)) for option in options}
+            command(settings=settings(**values), **given)
+
+        signature: Any = run
+        signature.__signature__ = inspect.Signature(found)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in found}
+        return run
+
+    return decorate
+
+
+def _distillation(
+    name: str,
+    about: str,
+    settings: type[DistillSettings],
+    train: Callable[..., Any],
+    more: dict[str, Any] | None = None,
+    **defaults: Any,
 ) -> None:
-    """Cut a draft model out of the target and distil it on text that the target wrote."""
-    from ..training.draft import DraftTraining, train_draft
+    """Add the command `train NAME`, which distils by `train`; see `with_settings` for the last two arguments."""
 
-    settings = DraftTraining(
-        layers=tuple(int(part) for part in floats(layers, "--layers")),
-        vocabulary_size=vocabulary or None,
-        steps=steps,
-        minutes=minutes or None,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        num_assistant_tokens=num_assistant_tokens,
-        seed=seed,
-    )
-    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
-    with _distilling(steps) as report:
-        train_draft(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
-    _finish(out)
-
-
-@app.command("specbound")
-def train_specbound_command(
-    data: Data,
-    out: Out,
-    layers: Annotated[str, typer.Option(help="Depths that get an exit head: 3 is after 3 layers.")],
-    kind: Annotated[str, typer.Option(help="adapter, full or block.")] = "adapter",
-    rank: Annotated[int, typer.Option(help="Of the maps of kind adapter; 0 for full matrices.")] = 0,
-    vocabulary: Vocabulary = 8192,
-    steps: Steps = 20000,
-    minutes: Minutes = 0,
-    batch_tokens: BatchTokens = 2048,
-    learning_rate: Rate = 1e-3,
-    num_assistant_tokens: Tokens = 6,
-    exclude: Exclude = None,
-    resume: Resume = False,
-    seed: Seed = 0,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
-) -> None:
-    """Train SpecBound's exit heads on text that the model wrote; the model itself stays as it is."""
-    from ..training.specbound import ExitTraining, train_exit_heads
-
-    settings = ExitTraining(
-        layers=tuple(int(part) for part in floats(layers, "--layers")),
-        kind=kind,
-        rank=rank or None,
-        vocabulary_size=vocabulary or None,
-        steps=steps,
-        minutes=minutes or None,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        num_assistant_tokens=num_assistant_tokens,
-        seed=seed,
-    )
-    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
-    with _distilling(steps) as report:
-        train_exit_heads(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
-    _finish(out)
+    @app.command(name, help=about)
+    @with_settings(settings, more, **defaults)
+    def command(
+        data: Data,
+        out: Out,
+        settings: DistillSettings,
+        exclude: Exclude = None,
+        resume: Resume = False,
+        model: Model = "",
+        dtype: Dtype = "bfloat16",
+        device: Device = "cpu",
+        **more: Any,
+    ) -> None:
+        loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
+        with _distilling(settings.steps) as report:
+            train(loaded, texts, folder=out, settings=settings, resume=resume, notes=notes, report=report, **more)
+        _finish(out)
 
 
-@app.command("via_sd")
-def train_slim_command(
-    data: Data,
-    mask: Annotated[str, typer.Option(help="Folder of a mask, as `calibrate via_sd` writes it.")],
-    out: Out,
-    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 16,
-    tv_weight: Annotated[float, typer.Option(help="Of the total variation distance; KL has weight 1.")] = 0.5,
-    margin_weight: Annotated[float, typer.Option(help="Of the paper's cost; 0.5 for the lossy mode.")] = 0.0,
-    vocabulary: Annotated[int, typer.Option(help="Words that the loss is over, the most frequent; 0 for all.")] = 8192,
-    steps: Steps = 20000,
-    minutes: Minutes = 0,
-    batch_tokens: BatchTokens = 2048,
-    learning_rate: Rate = 2e-4,
-    num_assistant_tokens: Tokens = 5,
-    exclude: Exclude = None,
-    resume: Resume = False,
-    seed: Seed = 0,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
-) -> None:
-    """Train a LoRA for the layers that VIA-SD's slim verifier keeps; the model itself stays as it is."""
-    from ..training.via_sd import SlimTraining, train_slim
-
-    settings = SlimTraining(
-        rank=rank,
-        tv_weight=tv_weight,
-        margin_weight=margin_weight,
-        vocabulary_size=vocabulary or None,
-        steps=steps,
-        minutes=minutes or None,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        num_assistant_tokens=num_assistant_tokens,
-        seed=seed,
-    )
-    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
-    with _distilling(steps) as report:
-        train_slim(loaded, texts, mask, out, settings, resume=resume, notes=notes, report=report)
-    _finish(out)
-
-
-@app.command("spd")
-def train_module_command(
-    data: Data,
-    out: Out,
-    stages: Annotated[int, typer.Option(help="Pipeline stages, n.")],
-    stage_layers: Annotated[str, typer.Option(help="Layers of each stage, by commas; equal by default.")] = "",
-    feature_layers: Annotated[str, typer.Option(help="Hidden states that it reads, by commas: 0,6,18,29.")] = "",
-    draft_layers: Annotated[int, typer.Option(help="Decoder layers of the module.")] = 2,
-    templates: Annotated[str, typer.Option(help="Layers that these begin as copies of, by commas.")] = "",
-    fill_rate: Annotated[float, typer.Option(help="Acceptance rate to train for; 0 for the paper's rule.")] = 0.0,
-    start: Annotated[str, typer.Option(help="Another draft module, to begin with its layers and head.")] = "",
-    layout: Annotated[str, typer.Option(help="exact or shared; by default exact for up to 8 stages.")] = "",
-    max_length: Annotated[int, typer.Option(help="Longer texts are cut; the module looks that far back.")] = 512,
-    vocabulary: Vocabulary = 8192,
-    steps: Steps = 20000,
-    minutes: Minutes = 0,
-    batch_tokens: BatchTokens = 2048,
-    learning_rate: Rate = 1e-3,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
-    exclude: Exclude = None,
-    resume: Resume = False,
-    seed: Seed = 0,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
-) -> None:
-    """Train SPD's draft module on text that the model wrote; the model itself stays as it is."""
-    from ..training.spd import ModuleTraining, train_draft_module
-
-    settings = ModuleTraining(
-        num_stages=stages,
-        stage_layers=_layers(stage_layers, "--stage-layers"),
-        feature_layers=_layers(feature_layers, "--feature-layers"),
-        num_draft_layers=draft_layers,
-        templates=_layers(templates, "--templates"),
-        fill_rate=fill_rate or None,
-        start=start or None,
-        layout=layout or None,
-        max_length=max_length,
-        vocabulary_size=vocabulary or None,
-        steps=steps,
-        minutes=minutes or None,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        save_every=save_every,
-        seed=seed,
-    )
-    loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
-    with _distilling(steps) as report:
-        train_draft_module(loaded, texts, out, settings, resume=resume, notes=notes, report=report)
-    _finish(out)
+_distillation(
+    "draft",
+    "Cut a draft model out of the target and distil it on text that the target wrote.",
+    DraftTraining,
+    train_draft,
+    layers=(0, 1, 28, 29),
+)
+_distillation(
+    "specbound",
+    "Train SpecBound's exit heads on text that the model wrote; the model itself stays as it is.",
+    ExitTraining,
+    train_exit_heads,
+)
+_distillation(
+    "via_sd",
+    "Train a LoRA for the layers that VIA-SD's slim verifier keeps; the model itself stays as it is.",
+    SlimTraining,
+    train_slim,
+    {"mask": Annotated[str, typer.Option(help="Folder of a mask, as `calibrate via_sd` writes it.")]},
+)
+_distillation(
+    "spd",
+    "Train SPD's draft module on text that the model wrote; the model itself stays as it is.",
+    ModuleTraining,
+    train_draft_module,
+)
 
 
 @app.command("convert-spd")
@@ -264,49 +247,30 @@ def convert_module_command(
     _finish(out)
 
 
-def _layers(text: str, option: str) -> tuple[int, ...] | None:
-    return tuple(int(part) for part in floats(text, option)) if text else None
-
-
 @app.command("diversed")
+@with_settings(DiversedTraining)
 def train_diversed_command(
     items: Annotated[Path, typer.Option(help="JSONL of tasks: question, and what the reward needs.")],
     out: Out,
     assistant: Assistant,
+    settings: DiversedTraining,
     reward: Rewarding = "numeric",
-    accept_coefs: Annotated[str, typer.Option(help="Lambdas to train with, separated by commas.")] = "0.02,0.05,0.1",
-    updates: Annotated[int, typer.Option(help="Optimiser steps for each.")] = 100,
-    prompts_per_update: Annotated[int, typer.Option(help="Prompts per step and process.")] = 8,
-    samples: Annotated[int, typer.Option(help="Answers to each prompt.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam.")] = 1e-3,
     temperature: Temperature = 1.0,
     new_tokens: NewTokens = 64,
-    num_assistant_tokens: Tokens = 5,
     resume: Resume = False,
-    seed: Seed = 0,
     model: Model = "",
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
 ) -> None:
     """Train DIVERSED's head on a task with a reward."""
-    from ..training.diversed import DiversedTraining, train_diversed
     from ..training.rewards import resolve_reward
-    from ..training.tasks import Sampling, load_items
+    from ..training.tasks import load_items
 
-    settings = DiversedTraining(
-        accept_coefs=tuple(floats(accept_coefs, "--accept-coefs")),
-        updates=updates,
-        prompts_per_update=prompts_per_update,
-        samples=samples,
-        sampling=Sampling(temperature=temperature, max_new_tokens=new_tokens),
-        num_assistant_tokens=num_assistant_tokens,
-        learning_rate=learning_rate,
-        seed=seed,
-    )
+    settings = replace(settings, sampling=Sampling(temperature=temperature, max_new_tokens=new_tokens))
     function, tasks = resolve_reward(reward), load_items(items)
     loaded, tokenizer = load_model(model, dtype, device)
     draft = load_assistant(loaded, assistant, dtype, device)
-    with bar("training", updates * len(settings.accept_coefs)) as advance:
+    with bar("training", settings.updates * len(settings.accept_coefs)) as advance:
 
         def report(figures: dict[str, Any]) -> None:
             if "held_out" not in figures:

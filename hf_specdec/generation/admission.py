@@ -69,16 +69,27 @@ def check_config(generation_config: GenerationConfig) -> None:
         raise ValueError("`max_new_tokens` must be at least 1 under `assistant_strategy`, got 0.")
 
 
-def check_call(model: PreTrainedModel, model_kwargs: dict[str, Any], synced_gpus: bool) -> None:
-    """Raise `ValueError` for arguments that can't be honoured under a strategy.
+def admit(model: PreTrainedModel, generation_config: GenerationConfig, synced_gpus: bool) -> list[int | None]:
+    """Raise `ValueError` for a model or a call that no strategy can serve; return the layers' `layer_windows`.
+
+    It runs once per call: in the wrapper before stock `generate()` prepares anything, or in the loop where there is
+    no wrapper.
 
     Args:
         model (`PreTrainedModel`): the target.
-        model_kwargs (`dict`): what `generate()` would pass to the model.
+        generation_config (`GenerationConfig`): what was set, with or without stock's defaults.
         synced_gpus (`bool`): whether ranks must step together.
     """
+    windows = layer_windows(model)
+    check_config(generation_config)
     if synced_gpus:
         raise ValueError("`synced_gpus=True` (ZeRO-3 or FSDP generation) is not supported under `assistant_strategy`.")
+    _check_prompt_learning(model)
+    return windows
+
+
+def check_arguments(model_kwargs: dict[str, Any]) -> None:
+    """Raise `ValueError` for something that `generate()` would pass to the model, and a strategy can't."""
     for name, value in model_kwargs.items():
         if (
             value is None
@@ -89,7 +100,6 @@ def check_call(model: PreTrainedModel, model_kwargs: dict[str, Any], synced_gpus
         raise ValueError(
             f"The model argument `{name}` is not supported under `assistant_strategy`; allowed: text input only."
         )
-    _check_prompt_learning(model)
 
 
 def _check_prompt_learning(model: PreTrainedModel) -> None:

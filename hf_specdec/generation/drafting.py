@@ -12,7 +12,7 @@ from ..configuration import SpeculationConfig
 from ..kernels.address import upload
 from ..kernels.dispatch import speculative_attention
 from ..kernels.request import ForwardRequest
-from ..registry import strategy_class
+from ..registry import preset, strategy_class
 from . import admission, programs
 from .models.draft_model import load_draft
 from .models.vocabulary import pad_vocabulary, vocabulary_width
@@ -47,7 +47,7 @@ class Reader:
         check_whole_text(state)
         ends = [state.prompt.lengths[row] - 1 for row in state.active]
         if max(ends):
-            tokens = state.text[state.active][:, : max(ends)].to(runner.device)
+            tokens = state.text.tokens[state.active][:, : max(ends)].to(runner.device)
             runner.prefill(tokens, 0, state.generation_config.prefill_chunk_size)
         return cls(runner, ends)
 
@@ -57,26 +57,30 @@ class Reader:
         All rows get one width, ending at their last token: a row that lacks less reads some tokens again.
         """
         ends = [length + count for length, count in zip(state.committed, counts, strict=True)]
-        if max(end - known for end, known in zip(ends, self.known, strict=False)) > min(state.committed):
+        if max(end - known for end, known in zip(ends, self.known, strict=True)) > min(state.committed):
             # the neediest row lacks more tokens than the shortest row has: first bring all up to the newest token
             known = [count - 1 for count in state.committed]
-            self.runner.extend(state.text[state.active], self.known[: len(known)], known, 1 + max(known))
+            self.runner.extend(state.text.tokens[state.active], self.known, known, 1 + max(known))
             self.known = known
-        width = max(end - min(known, end - 1) for end, known in zip(ends, self.known, strict=False))
+        width = max(end - min(known, end - 1) for end, known in zip(ends, self.known, strict=True))
         text = torch.cat([state.tail(width), drafts], dim=1)
         places = upload(counts, text.device)[:, None] + torch.arange(width, device=text.device)
         return text.gather(1, places), [end - width for end in ends]
 
     def commit(self, state: DecodingState) -> None:
         """Keep what both the cache and the text have: not the newest token, nor a last draft token, never fed."""
-        # rows that have finished are the last of the list, and fall out
-        self.known = [min(length, count - 1) for length, count in zip(self.known, state.committed, strict=False)]
+        self.known = [min(length, count - 1) for length, count in zip(self.known, state.committed, strict=True)]
         self.runner.cache.set_lengths(self.known)
 
     def swap(self, i: int, j: int) -> None:
         """Exchange the slots i and j."""
         self.known[i], self.known[j] = self.known[j], self.known[i]
         self.runner.cache.swap(i, j)
+
+    def shrink(self, rows: int) -> None:
+        """Forget the slots from `rows` on."""
+        del self.known[rows:]
+        self.runner.cache.shrink(rows)
 
 
 def check_whole_text(state: DecodingState) -> None:
@@ -180,7 +184,7 @@ class AssistantDrafter(Drafter):
         output = reader.runner.forward(tokens, starts, ForwardRequest(hidden=self.hidden))
         logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
         ends = [start + tokens.shape[1] for start in starts]
-        reader.known = [max(known, end) for known, end in zip(reader.known, ends, strict=False)]
+        reader.known = [max(known, end) for known, end in zip(reader.known, ends, strict=True)]
         distributions = torch.empty(logits.shape, device=logits.device)
         for count in set(draft.counts):
             rows = [row for row, drafted in enumerate(draft.counts) if drafted == count]
@@ -202,29 +206,51 @@ class NoDrafter(Drafter):
         return Draft.empty(state)
 
 
+def drafter_name(chosen: SpeculationConfig | str | None) -> str:
+    """Return what messages call the drafter that a config's field `drafter` names."""
+    return "assisted" if chosen is None else chosen if isinstance(chosen, str) else chosen.strategy
+
+
+def _named_drafter(name: str) -> SpeculationConfig:
+    try:
+        config: SpeculationConfig = preset(name)
+    except ValueError as error:
+        raise ValueError(f"`drafter={name!r}`: {error}") from error
+    return config
+
+
 def chosen_drafter(
-    chosen: SpeculationConfig | None, assistant: PreTrainedModel | None, settings: SpeculationConfig, stop: float = 0.0
+    chosen: SpeculationConfig | str | None,
+    assistant: PreTrainedModel | None,
+    settings: SpeculationConfig,
+    stop: float = 0.0,
 ) -> Drafter:
     """Return the drafter that a config's field `drafter` names, the assistant's by default.
 
     Args:
-        chosen (`SpeculationConfig`, *optional*): the field.
+        chosen (`SpeculationConfig` or `str`, *optional*): the field; a string is a strategy's or preset's name.
         assistant (`PreTrainedModel`, *optional*): what was passed as `assistant_model`.
         settings (`SpeculationConfig`): the config that has the field; its shared fields apply to the drafter too.
         stop (`float`, *optional*, defaults to 0.0): as for `AssistantDrafter`.
 
     Raises:
-        ValueError: for a strategy that doesn't draft apart from verifying, can't stop early where it should, or has
-            shared fields of its own.
+        ValueError: for an unknown name, and for a strategy that doesn't draft apart from verifying, can't stop early
+            where it should, or has shared fields of its own.
     """
-    shared = {name: getattr(settings, name) for name in ("num_assistant_tokens", "compile", "kernels")}
     if chosen is None:
         return AssistantDrafter(cast(PreTrainedModel, assistant), settings.num_assistant_tokens, stop, settings)
+    if isinstance(chosen, str):
+        chosen = _named_drafter(chosen)
     for name, neutral in (("compile", None), ("kernels", "auto")):
-        if getattr(chosen, name) not in (neutral, shared[name]):
-            raise ValueError(
-                f"`drafter.{name}={getattr(chosen, name)!r}`: set `{name}` beside `drafter`, it counts for both."
-            )
+        value = getattr(chosen, name)
+        if value == neutral or (settings.has_field(name) and value == getattr(settings, name)):
+            continue
+        advice = f"set `{name}` beside `drafter`, it counts for both"
+        if not settings.has_field(name):
+            advice = f"{settings.strategy!r} has no `{name}`, so its drafter can't have one"
+        raise ValueError(f"`drafter.{name}={value!r}`: {advice}.")
+    names = ("num_assistant_tokens", "compile", "kernels")
+    shared = {n: getattr(settings, n) for n in names if settings.has_field(n) and chosen.has_field(n)}
     chosen = chosen.override(**shared)
     drafter = strategy_class(chosen.strategy)(chosen, assistant).drafter
     if drafter is None:

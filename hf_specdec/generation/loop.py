@@ -6,6 +6,7 @@ wrapper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,7 @@ class DecodingLoop:
         generation_config: GenerationConfig | None = None,
         synced_gpus: bool = False,
         streamer: Any = None,
+        windows: Sequence[int | None] | None = None,
         **model_kwargs: Any,
     ) -> SpeculationOutput | torch.Tensor:
         """Generate, called by `generate()` with everything prepared.
@@ -73,6 +75,7 @@ class DecodingLoop:
         Args:
             model (`PreTrainedModel`): the target.
             input_ids (`torch.Tensor` of shape `[b, T]`, int64): prompts, left-padded.
+            windows (`list`, *optional*): what `admission.admit` returned for the call, where it has run already.
 
         Returns:
             The sequences `[b, T + new]`, or a `SpeculationOutput` with `return_dict_in_generate=True`.
@@ -83,8 +86,10 @@ class DecodingLoop:
         if generation_config is None:
             raise ValueError("`DecodingLoop` is called by `generate()`: pass it as `custom_generate=`.")
         strategy = self.make_strategy()
+        if windows is None:
+            windows = admission.admit(model, generation_config, synced_gpus)
         state, emitter = self._prepare(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, model_kwargs,
+            model, input_ids, logits_processor, stopping_criteria, generation_config, list(windows), model_kwargs,
             self.streamer if self.streamer is not None else streamer, strategy,
         )  # fmt: skip
         past = model_kwargs.get("past_key_values")
@@ -97,7 +102,7 @@ class DecodingLoop:
                 finished = [self._decode(strategy, state, emitter, rows) for rows in groups]
             else:
                 strategy.follow(state)
-        end = max(state.columns)
+        end = max(state.text.columns)
         if keep_cache or emitter.collected:
             with speculative_attention(model):
                 for target, order in finished:
@@ -108,7 +113,7 @@ class DecodingLoop:
         if strategy.controls:
             report(stats)
         cache = self._export(model, state, finished, past, end) if keep_cache else None
-        sequences = state.ids[:, :end]
+        sequences = state.text.by_column(end)
         if not generation_config.return_dict_in_generate:
             return sequences
         return SpeculationOutput(
@@ -125,15 +130,13 @@ class DecodingLoop:
         processors: LogitsProcessorList | None,
         criteria: StoppingCriteriaList | None,
         generation_config: GenerationConfig,
-        synced_gpus: bool,
+        windows: list[int | None],
         model_kwargs: dict[str, Any],
         streamer: Any,
         strategy: SpeculationStrategy,
     ) -> tuple[DecodingState, Emitter]:
         """Check the call and build its state; nothing has been computed or changed by then."""
-        windows = admission.layer_windows(model)
-        admission.check_config(generation_config)
-        admission.check_call(model, model_kwargs, synced_gpus)
+        admission.check_arguments(model_kwargs)
         programs.check(self.config.compile, self.config.kernels, model)
         strategy.prepare(model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])
@@ -191,7 +194,7 @@ class DecodingLoop:
     ) -> tuple[ModelRunner, list[int]]:
         """Decode `rows` together until all are finished; return the runner and the row in each storage slot."""
         cache = strategy.make_cache(state, len(rows))
-        state.begin(rows, strategy.make_runner(state, cache), emitter.eos)
+        state.activate(rows, strategy.make_runner(state, cache), emitter.eos)
         retired: list[int] = []
         with state.contexts:
             state.contexts.callback(state.target.close)
@@ -227,28 +230,27 @@ class DecodingLoop:
 
         That is for the returned cache, and for the scores that stock returns of the padding.
         """
-        state.active = list(order)
-        starts = [strategy.clean_length(state, 0, slot) for slot in range(len(order))]
-        missing = [end - state.columns[row] for row in order]
+        columns = [state.text.columns[row] for row in order]
+        starts = [strategy.clean_length(state, 0, row) for row in order]
+        missing = [end - column for column in columns]
         # all but the last column's token; a row that lacks less is fed more padding, which nothing reads
         lacking = [
-            count - 1 - start + pads for count, start, pads in zip(state.committed, starts, missing, strict=True)
+            count - 1 - start + pads
+            for count, start, pads in zip(state.text.lengths(order), starts, missing, strict=True)
         ]
         width = max(lacking)
         if not width:
             return
-        rows = torch.nn.functional.pad(state.text[order], (0, width), value=state.pad_token)
-        for slot, count in enumerate(state.committed):
-            rows[slot, count:] = state.pad_token
-        places = torch.tensor(starts, device=rows.device)[:, None] + torch.arange(width, device=rows.device)
-        output = target.forward(rows.gather(1, places), starts)
-        for slot, (row, pads, fed) in enumerate(zip(order, missing, lacking, strict=True)):
+        tokens = torch.nn.functional.pad(state.text.tokens[order], (0, width), value=state.pad_token)
+        positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(width, device=tokens.device)
+        output = target.forward(tokens.gather(1, positions), starts)
+        for slot, (row, column, pads, fed) in enumerate(zip(order, columns, missing, lacking, strict=True)):
             if not pads:
                 continue
             logits = scores = output.logits[slot : slot + 1, fed - pads : fed].to(state.device)
             if emitter.collects["scores"] and len(state.processors):
-                padding = state.pending.new_full((1, pads), state.pad_token)
-                scores = state.processors(logits, state.ids, [row], [state.columns[row]], padding)
+                padding = tokens.new_full((1, pads), state.pad_token)
+                scores = state.processors(logits, state.text.by_column(end), [row], [column], padding)
             emitter.complete(row, {"scores": scores[0], "logits": logits[0]})
 
     @staticmethod

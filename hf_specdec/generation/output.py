@@ -34,7 +34,7 @@ class Emitter:
         self.collected: dict[str, list[list[torch.Tensor]]] = {
             name: [[] for _ in range(state.batch)] for name, wanted in self.collects.items() if wanted
         }
-        self.first = state.columns[0]
+        self.first = state.text.columns[0]
         self.clock = self.first
         self.done = [False] * state.batch
         self.flagged = [False] * state.batch
@@ -54,15 +54,15 @@ class Emitter:
         """
         state, kept, written = self.state, [], {}
         for slot, (row, tokens) in enumerate(zip(state.active, result.tokens.tolist(), strict=True)):
-            new = tokens[: min(result.counts[slot], state.max_length - state.columns[row])]
+            new = tokens[: min(result.counts[slot], state.max_length - state.text.columns[row])]
             for place, token in enumerate(new):
                 if token in self.eos:
                     new, self.done[row] = new[: place + 1], True
                     break
             written[row] = new
-        state.write(written)
+        state.text.write(written)
         for slot, (row, new) in enumerate(written.items()):
-            if state.columns[row] >= state.max_length:
+            if state.text.columns[row] >= state.max_length:
                 self.done[row] = True
             for name, rows in self.collected.items():
                 values = getattr(result, name)[slot, : len(new)]
@@ -76,13 +76,13 @@ class Emitter:
         """Run the column clock as far as the given rows allow."""
         if not self.custom and self.streamer is None:
             return
-        columns = self.state.columns
+        columns = self.state.text.columns
         while True:
             unfinished = [row for row in rows if not self.done[row]]
             if self.clock >= min((columns[row] for row in unfinished), default=max(columns[row] for row in rows)):
                 return
             self.clock += 1
-            text = self.state.ids[:, : self.clock]
+            text = self.state.text.by_column(self.clock)
             if self.custom:
                 self._judge(text, rows)
             if self.streamer is not None:
@@ -92,7 +92,7 @@ class Emitter:
         verdict = self.criteria(text, self._columns_of("scores", self.clock)).tolist()
         state = self.state
         for row in rows:
-            if not verdict[row] or (self.done[row] and state.columns[row] <= self.clock):
+            if not verdict[row] or (self.done[row] and state.text.columns[row] <= self.clock):
                 continue
             self.flagged[row] = True
             if self.pads:
@@ -103,10 +103,10 @@ class Emitter:
 
     def _finish(self, row: int) -> None:
         """End `row` at the clock's column."""
-        surplus = self.state.columns[row] - self.clock
+        surplus = self.state.text.columns[row] - self.clock
         if surplus > 0:
             self.state.stats.forget(row, surplus)
-            self.state.cut(row, self.clock)
+            self.state.text.cut(row, self.clock)
             for rows in self.collected.values():
                 rows[row] = [torch.cat(rows[row])[:-surplus]]
         self.done[row] = True

@@ -57,6 +57,11 @@ class ProcessorChain:
     def __len__(self) -> int:
         return len(self.processors)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether some processor looks at the tokens before the scores."""
+        return any(type(processor) not in _IGNORES_IDS for processor in self.processors)
+
     def __call__(
         self, logits: torch.Tensor, ids: torch.Tensor, rows: list[int], columns: list[int], drafts: torch.Tensor
     ) -> torch.Tensor:

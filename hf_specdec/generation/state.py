@@ -1,4 +1,4 @@
-"""`DecodingState`: what a strategy sees of one `generate()` call, and the text that the loop has emitted so far.
+"""`DecodingState`: what a strategy sees of one `generate()` call.
 
 Rows have two numbers: a *row* is the caller's, a *slot* is the place among the active rows (`active[slot] = row`).
 Active rows occupy the slots `[0, n)` of every cache; a row that finishes is exchanged with the last active one.
@@ -13,13 +13,13 @@ from typing import Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..kernels.address import upload
 from ..kernels.dispatch import speculative_attention
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from .processors import ProcessorChain
 from .prompt import Prompt
 from .runner import Forward, ModelRunner
 from .stats import SpeculationStats
+from .text import Text
 
 
 _EXTEND_CHUNK = 256
@@ -31,6 +31,9 @@ class Follower(Protocol):
 
     def swap(self, i: int, j: int) -> None:
         """Exchange what is kept of the slots i and j."""
+
+    def shrink(self, rows: int) -> None:
+        """Forget what is kept of the slots from `rows` on: their rows have finished."""
 
 
 class DecodingState:
@@ -45,11 +48,7 @@ class DecodingState:
         stats (`SpeculationStats`): counters.
 
     Attributes:
-        ids (`torch.Tensor` of shape `[b, max_length]`, int64): the text by column, rows in the caller's order, padded.
-        text (`torch.Tensor` of shape `[b, longest]`, int64): the same by position, without padding.
-        words (`torch.Tensor` of shape `[b, longest]`, int64): the same on the CPU.
-        longest (`int`): tokens that a row can have at most, those of an earlier turn included.
-        columns (`list[int]`): columns that each row has.
+        text (`Text`): the tokens of all rows, in the caller's order.
         active (`list[int]`): the row in each slot.
         greedy_temperature (`float`, *optional*): temperature of the distributions that greedy drafts are to keep;
             `None` for no distributions.
@@ -74,16 +73,7 @@ class DecodingState:
         self.device = prompt.ids.device
         pad = generation_config._pad_token_tensor
         self.pad_token = int(pad) if pad is not None else 0
-        self.ids = prompt.ids.new_full((self.batch, max(self.max_length, given)), self.pad_token)
-        self.ids[:, :given] = prompt.ids
-        # `max_length` counts columns of `input_ids`, which may be the new tokens only, behind a longer cache
-        self.longest = max(self.max_length, max(prompt.lengths) + self.max_length - given)
-        self.text = prompt.ids.new_zeros(self.batch, self.longest)
-        self.text[:, : prompt.tokens.shape[1]] = prompt.tokens
-        self.words = self.text.cpu()  # the same tensor where the text is there already
-        self.columns = [given] * self.batch
-        # position = column - offset for generated tokens; negative where a cache holds columns that `input_ids` lacks
-        self.offsets = [given - length for length in prompt.lengths]
+        self.text = Text(prompt, self.max_length, self.pad_token)
         self.active: list[int] = []
         self.followers: list[Follower] = []
         self.contexts = ExitStack()
@@ -93,14 +83,19 @@ class DecodingState:
     # what a strategy may ask
 
     @property
+    def longest(self) -> int:
+        """Tokens that a row can have at most, those of an earlier turn included."""
+        return self.text.longest
+
+    @property
     def committed(self) -> list[int]:
         """Tokens per slot, the pending one included."""
-        return [self.columns[row] - self.offsets[row] for row in self.active]
+        return self.text.lengths(self.active)
 
     @property
     def remaining(self) -> list[int]:
         """Tokens that each slot may still emit."""
-        return [self.max_length - self.columns[row] for row in self.active]
+        return [self.max_length - self.text.columns[row] for row in self.active]
 
     @property
     def pending(self) -> torch.Tensor:
@@ -109,8 +104,7 @@ class DecodingState:
 
     def tail(self, width: int) -> torch.Tensor:
         """Return the newest `width` tokens of each slot, `[n, width]`."""
-        rows, ends = upload([self.active, self.committed], self.device)[..., None]
-        return self.text[rows, ends + torch.arange(-width, 0, device=self.device)]
+        return self.text.tail(self.active, width)
 
     def draft_room(self, limit: int) -> list[int]:
         """Return how many tokens each slot may draft: at most `limit`, and one less than it may emit."""
@@ -147,22 +141,26 @@ class DecodingState:
         logits = logits.to(self.device)
         if not len(self.processors) and not self.do_sample:
             return logits  # greedy decoding reads the argmax only, which no cast changes
-        columns = [
-            self.columns[row] - less for row, less in zip(self.active, back or [0] * len(self.active), strict=True)
-        ]
-        return self.processors(logits, self.ids, self.active, columns, drafts)
+        columns = [self.text.columns[row] for row in self.active]
+        if back is not None:
+            columns = [column - less for column, less in zip(columns, back, strict=True)]
+        return self.processors(logits, self._seen(max(columns)), self.active, columns, drafts)
 
     def process_next(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
         """Return `logits` `[n, V]` of what follows the text and `drafts` `[n, j]`, after the caller's processors."""
         if not len(self.processors) and not self.do_sample:
             return logits
-        columns = [self.columns[row] + drafts.shape[1] for row in self.active]
-        ids = self.ids
-        if drafts.shape[1]:
-            ids = torch.nn.functional.pad(self.ids, (0, drafts.shape[1]))
+        width = drafts.shape[1]
+        columns = [self.text.columns[row] + width for row in self.active]
+        ids = self._seen(max(columns))
+        if width and self.processors.reads_text:
             for slot, row in enumerate(self.active):
-                ids[row, self.columns[row] : columns[slot]] = drafts[slot]
+                ids[row, columns[slot] - width : columns[slot]] = drafts[slot]
         return self.processors(logits[:, None], ids, self.active, columns, drafts[:, :0])[:, 0]
+
+    def _seen(self, columns: int) -> torch.Tensor:
+        """Return the text that processors see, `[b, columns]`; the prompts where none of them reads it."""
+        return self.text.by_column(columns) if self.processors.reads_text else self.prompt.ids
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a token `[n]` from processed scores `[n, V]`, and its distribution `[n, V]`.
@@ -195,7 +193,7 @@ class DecodingState:
         lengths = [self.prompt.lengths[row] for row in self.active]
         cached = [self.prompt.cached[row] for row in self.active]
         ends = [length - 1 for length in lengths]
-        tokens = self.text[self.active]
+        tokens = self.text.tokens[self.active]
         chunk = self.generation_config.prefill_chunk_size
         self.prompt.load_past(cache, self.active)
         cache.set_lengths(cached)
@@ -213,36 +211,17 @@ class DecodingState:
 
     # what the loop does
 
-    def begin(self, rows: Sequence[int], target: ModelRunner, eos: frozenset[int]) -> None:
+    def activate(self, rows: Sequence[int], target: ModelRunner, eos: frozenset[int]) -> None:
         """Make `rows` active, with a fresh cache."""
         self.active, self.target, self.followers, self._eos = list(rows), target, [target.cache], eos
-
-    def write(self, new: dict[int, list[int]]) -> None:
-        """Append tokens to rows, all at once."""
-        places = []
-        for row, tokens in new.items():
-            column, position = self.columns[row], self.columns[row] - self.offsets[row]
-            places += [(row, column + i, position + i, token) for i, token in enumerate(tokens)]
-            self.columns[row] += len(tokens)
-        if not places:
-            return
-        rows, columns, positions, words = upload(list(zip(*places, strict=True)), self.device)
-        self.ids[rows, columns] = words
-        self.text[rows, positions] = words
-        if self.words is not self.text:
-            for row, _, position, token in places:
-                self.words[row, position] = token
-
-    def cut(self, row: int, column: int) -> None:
-        """Drop what `row` has from `column` on."""
-        self.ids[row, column : self.columns[row]] = self.pad_token
-        self.columns[row] = column
 
     def retire(self, slot: int) -> None:
         """Take the row in `slot` out of the active ones; its storage stays in the last active slot."""
         last = len(self.active) - 1
         if slot != last:
-            for follower in self.followers:
-                follower.swap(slot, last)
             self.active[slot], self.active[last] = self.active[last], self.active[slot]
         self.active.pop()
+        for follower in self.followers:
+            if slot != last:
+                follower.swap(slot, last)
+            follower.shrink(last)

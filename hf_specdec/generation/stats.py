@@ -18,7 +18,7 @@ class SpeculationStats:
     """Counters of one call. The prefill and its token are left out; tokens count after the cut at a stop.
 
     Args:
-        num_drafts (`int`): (row, round) pairs, rounds without drafts included.
+        num_drafts (`int`): drafts that were judged: (row, round) pairs with at least one draft token.
         num_draft_tokens (`int`): drafted tokens.
         num_accepted_tokens (`int`): drafted tokens that were emitted.
         num_accepted_tokens_per_pos (`list[int]`): the same by place in the draft, first to last.
@@ -57,7 +57,7 @@ class SpeculationStats:
     def record(self, row: int, drafted: int, accepted: int, emitted: int) -> None:
         """Count one step of `row`: `drafted` tokens, of which `accepted` stayed, and `emitted` after the cut."""
         accepted = min(accepted, emitted)
-        self.num_drafts += 1
+        self.num_drafts += drafted > 0
         self.num_draft_tokens += drafted
         self.num_accepted_tokens += accepted
         per_pos = self.num_accepted_tokens_per_pos
@@ -80,8 +80,9 @@ class SpeculationStats:
             steps[-1][1] = min(steps[-1][1], lengths[-1])
             if not lengths[-1]:  # the whole step lies past the stop
                 lengths.pop()
-                self.num_drafts -= 1
-                self.num_draft_tokens -= steps.pop()[0]
+                drafted = steps.pop()[0]
+                self.num_drafts -= drafted > 0
+                self.num_draft_tokens -= drafted
 
     @contextmanager
     def phase(self, name: str, device: torch.device) -> Iterator[None]:
@@ -123,7 +124,7 @@ class SpeculationOutput(GenerateDecoderOnlyOutput):
     """What `generate(..., return_dict_in_generate=True)` returns under a strategy: stock's output and the statistics.
 
     Args:
-        speculation (`SpeculationStats`, *optional*): counters of the call; `None` when nothing was speculated.
+        speculation (`SpeculationStats`, *optional*): counters of the call; `None` when nothing was drafted.
     """
 
     speculation: SpeculationStats | None = None

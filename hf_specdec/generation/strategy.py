@@ -7,9 +7,10 @@ streams and rolls back.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -20,13 +21,10 @@ from ..kernels.address import upload
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from . import acceptance, programs
 from .runner import Forward, ModelRunner
+from .state import DecodingState
 
 
-if TYPE_CHECKING:
-    from .state import DecodingState
-
-
-@dataclass
+@dataclass(frozen=True)
 class Draft:
     """Proposed tokens.
 
@@ -43,6 +41,11 @@ class Draft:
     counts: list[int]
     distributions: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
+
+    @functools.cached_property
+    def counts_on_device(self) -> torch.Tensor:
+        """`counts` as int64 `[n]` beside `tokens`, for the acceptance rules."""
+        return upload(self.counts, self.tokens.device)
 
     @classmethod
     def empty(cls, state: DecodingState) -> Draft:
@@ -227,7 +230,7 @@ class SpeculationStrategy:
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""
         scores = state.process(target.logits, draft.tokens)
-        counts = upload(draft.counts, scores.device)
+        counts = draft.counts_on_device
         if state.do_sample:
             distribution = torch.softmax(scores, dim=-1)
             verdict = acceptance.speculative_sample(draft.tokens, counts, distribution, draft.distributions)
@@ -257,9 +260,9 @@ class SpeculationStrategy:
         if self.drafter is not None:
             self.drafter.commit(state)
 
-    def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
-        """Return how many tokens of a slot layer `layer_idx` holds exactly as a fresh forward would (for tests)."""
-        return state.committed[slot] - 1
+    def clean_length(self, state: DecodingState, layer_idx: int, row: int) -> int:
+        """Return how many tokens of a row layer `layer_idx` holds exactly as a fresh forward would."""
+        return state.text.lengths([row])[0] - 1
 
     def follow(self, state: DecodingState) -> None:
         """Serve the controlling process until it has decoded all rows; only where `controls` is `False`."""

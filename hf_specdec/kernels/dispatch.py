@@ -123,8 +123,7 @@ def _original(
     sinks: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> Any:
-    name = _compat.attention_name(module.config)  # type: ignore[arg-type]
-    original = name.original if isinstance(name, _Switched) else "sdpa"
+    original = _switched.get(id(module.config), ("sdpa", None))[0]
     if original == "eager":
         function = __import__(type(module).__module__, fromlist=["x"]).eager_attention_forward
     else:
@@ -145,26 +144,19 @@ class Configured(Protocol):
         """Return all modules in it, itself included."""
 
 
-class _Switched(str):
-    """The name `"hf_specdec"`, with the implementation that it stands in for and the switch that put it there."""
-
-    original: str
-    switch: _Switch
-
-
 class _Switch:
     """What one model's switch changed, and how many contexts rely on it; the last one to end changes it back."""
 
     def __init__(self, model: Configured) -> None:
         self.users = 0
         self.owners: list[tuple[Any, PreTrainedConfig]] = []
-        copies: dict[int, PreTrainedConfig] = {}
+        self.copies: dict[int, PreTrainedConfig] = {}
         modules: Iterator[Any] = model.modules()
         for module in modules:
             config = module.__dict__.get("config")
             if isinstance(config, PreTrainedConfig):
                 self.owners.append((module, config))
-                module.config = _switched(config, copies, self)
+                module.config = self.copy(config)
 
     def leave(self) -> None:
         """End one context's use."""
@@ -172,9 +164,28 @@ class _Switch:
         if not self.users:
             for module, config in self.owners:
                 module.config = config
+            for copied in self.copies.values():
+                del _switched[id(copied)]
+
+    def copy(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Return the one copy of `config` that names our attention, its sub-configs included."""
+        if id(config) not in self.copies:
+            copied = self.copies[id(config)] = copy.copy(config)
+            name = _compat.attention_name(config) or "eager"
+            _switched[id(copied)] = "sdpa" if name == ATTENTION else name, self
+            _compat.set_attention_name(copied, ATTENTION)
+            for key in config.sub_configs:
+                inner = getattr(config, key, None)
+                if isinstance(inner, PreTrainedConfig):
+                    setattr(copied, key, self.copy(inner))
+        return self.copies[id(config)]
 
 
 _lock = threading.Lock()
+
+# By the id of a config copy, which lives as long as its entry: the implementation that ours stands in for, and the
+# switch. The name in the copy is a plain string: torch.compile of some releases refuses a subclass.
+_switched: dict[int, tuple[str, _Switch]] = {}
 
 
 @contextmanager
@@ -185,28 +196,14 @@ def speculative_attention(model: Configured) -> Iterator[None]:
     are, because other models, in other threads, may share them. Contexts of one model may overlap.
     """
     with _lock:
-        name = _compat.attention_name(model.config)
-        switch = name.switch if isinstance(name, _Switched) else _Switch(model)
+        known = _switched.get(id(model.config))
+        switch = _Switch(model) if known is None else known[1]
         switch.users += 1
     try:
         yield
     finally:
         with _lock:
             switch.leave()
-
-
-def _switched(config: PreTrainedConfig, copies: dict[int, PreTrainedConfig], switch: _Switch) -> PreTrainedConfig:
-    """Return the one copy of `config` that names our attention, its sub-configs included."""
-    if id(config) not in copies:
-        copied = copies[id(config)] = copy.copy(config)
-        name = _Switched(ATTENTION)
-        name.original, name.switch = _compat.attention_name(config) or "eager", switch
-        _compat.set_attention_name(copied, name)
-        for key in config.sub_configs:
-            inner = getattr(config, key, None)
-            if isinstance(inner, PreTrainedConfig):
-                setattr(copied, key, _switched(inner, copies, switch))
-    return copies[id(config)]
 
 
 def register() -> None:

@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ _STATE = "state.pt"
 _HELD_OUT = 64
 
 Report = Callable[[dict[str, Any]], None]
+
+
+def option(default: Any, help: str, name: str | None = None) -> Any:
+    """Return a dataclass field that is an option of the command, too.
+
+    Args:
+        default: the field's; `MISSING` for none.
+        help (`str`): of the option; a field redeclared without one keeps its base's.
+        name (`str`, *optional*): of the option, such as `"stages"`; by default the field's.
+    """
+    return field(default=default, metadata={"help": help, "name": name})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +61,18 @@ class DistillSettings:
         seed (`int`, *optional*, defaults to 0): of the order, and of what is held out.
     """
 
-    vocabulary_size: int | None = 8192
-    steps: int = 20000
-    minutes: float | None = None
-    batch_tokens: int = 2048
+    vocabulary_size: int | None = option(
+        8192, "Words that can be proposed, the most frequent; 0 for all.", "vocabulary"
+    )
+    steps: int = option(20000, "Optimiser steps at most.")
+    minutes: float | None = option(None, "Stop by the clock; 0 for never.")
+    batch_tokens: int = option(2048, "Tokens per step and process.")
     max_length: int = 512
-    learning_rate: float = 1e-3
-    num_assistant_tokens: int = 4
+    learning_rate: float = option(1e-3, "Learning rate at its peak.")
+    num_assistant_tokens: int = option(4, "Draft tokens per round.")
     save_every: int = 500
     cache_gib: float = 4.0
-    seed: int = 0
+    seed: int = option(0, "Of order and sampling.")
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_tokens", "max_length", "save_every", "num_assistant_tokens"):

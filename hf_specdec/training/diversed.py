@@ -29,6 +29,7 @@ from ..generation.methods.diversed.method import DiversedConfig
 from ..generation.models.adapters import remember
 from ..generation.models.vocabulary import pad_vocabulary, vocabulary_width
 from ..generation.runner import head_input
+from .distill import option
 from .rewards import Reward
 from .tasks import Sampling, Score, answers, evaluate, prompt_ids
 
@@ -61,19 +62,19 @@ class DiversedTraining:
         seed (`int`, *optional*, defaults to 0): of the order and the sampling.
     """
 
-    accept_coefs: tuple[float, ...] = (0.02, 0.05, 0.1)
-    updates: int = 100
-    prompts_per_update: int = 8
-    samples: int = 4
+    accept_coefs: tuple[float, ...] = option((0.02, 0.05, 0.1), "Lambdas to train with, separated by commas.")
+    updates: int = option(100, "Optimiser steps for each.")
+    prompts_per_update: int = option(8, "Prompts per step and process.")
+    samples: int = option(4, "Answers to each prompt.")
     sampling: Sampling = field(default_factory=Sampling)
-    num_assistant_tokens: int = 5
-    learning_rate: float = 1e-3
+    num_assistant_tokens: int = option(5, "Draft tokens per round.")
+    learning_rate: float = option(1e-3, "Of Adam.")
     init_weight: float = 0.5
     input_norm: str = "rms"
     evaluate_every: int = 25
     held_out: int = 64
     call_cost: float = 0.2
-    seed: int = 0
+    seed: int = option(0, "Of order and sampling.")
 
     def __post_init__(self) -> None:
         for name, least in (("updates", 1), ("prompts_per_update", 1), ("samples", 2), ("evaluate_every", 1)):

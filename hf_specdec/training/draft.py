@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..generation.methods.assisted import AssistedConfig
 from ..generation.models.draft_model import cut_draft, own_parameters, save_draft
 from ..generation.models.vocabulary import ReducedHead
 from .data import Text
-from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, padded
+from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, option, padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class DraftTraining(DistillSettings):
         layers (`tuple[int, ...]`): layers of the target to start from, ascending.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = option(MISSING, "Layers of the target to start from.")
 
 
 class _Student(nn.Module):

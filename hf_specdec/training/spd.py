@@ -7,7 +7,7 @@ type (layout "shared"), and a mask shows each row the depths that decoding would
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..generation.methods.spd.method import SPDConfig
 from ..generation.models.layerwise import LayerCall, Layerwise
 from ..generation.models.surgery import decoder_layers
 from .data import Text
-from .distill import Agreement, Distillation, DistillSettings, Report, batches, coverage, divergence, padded
+from .distill import Agreement, Distillation, DistillSettings, Report, batches, coverage, divergence, option, padded
 
 
 LAYOUTS = ("exact", "shared")
@@ -51,15 +51,17 @@ class ModuleTraining(DistillSettings):
             default exact for up to 8 stages.
     """
 
-    num_stages: int
-    stage_layers: tuple[int, ...] | None = None
-    feature_layers: tuple[int, ...] | None = None
-    num_draft_layers: int = 2
-    templates: tuple[int, ...] | None = None
-    fill_rate: float | None = None
-    start: str | None = None
-    layout: str | None = None
-    num_assistant_tokens: int = 1
+    num_stages: int = option(MISSING, "Pipeline stages, n.", "stages")
+    stage_layers: tuple[int, ...] | None = option(None, "Layers of each stage, by commas; equal by default.")
+    feature_layers: tuple[int, ...] | None = option(None, "Hidden states that it reads, by commas: 0,6,18,29.")
+    num_draft_layers: int = option(2, "Decoder layers of the module.", "draft_layers")
+    templates: tuple[int, ...] | None = option(None, "Layers that these begin as copies of, by commas.")
+    fill_rate: float | None = option(None, "Acceptance rate to train for; 0 for the paper's rule.")
+    start: str | None = option(None, "Another draft module, to begin with its layers and head.")
+    layout: str | None = option(None, "exact or shared; by default exact for up to 8 stages.")
+    max_length: int = option(512, "Longer texts are cut; the module looks that far back.")
+    num_assistant_tokens: int = field(default=1, init=False)  # what SPD drafts per tick
+    save_every: int = option(500, "Steps between checkpoints.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

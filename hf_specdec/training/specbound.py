@@ -6,7 +6,7 @@ All heads learn in one pass, from one forward of the model; the loss is summed o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..generation.methods.specbound.exit_heads import ExitHeads, before_each
 from ..generation.methods.specbound.method import SpecBoundConfig
 from ..generation.models.layerwise import LayerCall, Layerwise
 from .data import Text
-from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, padded
+from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, option, padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class ExitTraining(DistillSettings):
         rank (`int`, *optional*): of the maps of kind `"adapter"`; `None` for full matrices.
     """
 
-    layers: tuple[int, ...]
-    kind: str = "adapter"
-    rank: int | None = None
+    layers: tuple[int, ...] = option(MISSING, "Depths that get an exit head: 3 is after 3 layers.")
+    kind: str = option("adapter", "adapter, full or block.")
+    rank: int | None = option(None, "Of the maps of kind adapter; 0 for full matrices.")
     num_assistant_tokens: int = 6
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from ..generation.models.adapters import describe
 from ..generation.models.layerwise import Layerwise
 from ..generation.models.vocabulary import InsideHead, ReducedHead
 from .data import Text
-from .distill import Distillation, DistillSettings, Report, divergence
+from .distill import Distillation, DistillSettings, Report, divergence, option
 from .scoring import SlimScorer, margin_cost
 
 
@@ -40,10 +40,13 @@ class SlimTraining(DistillSettings):
         margin_weight (`float`, *optional*, defaults to 0.0): of the paper's cost, for the lossy mode.
     """
 
-    rank: int = 16
+    vocabulary_size: int | None = option(
+        8192, "Words that the loss is over, the most frequent; 0 for all.", "vocabulary"
+    )
+    rank: int = option(16, "Of the LoRA.")
     kl_weight: float = 1.0
-    tv_weight: float = 0.5
-    margin_weight: float = 0.0
+    tv_weight: float = option(0.5, "Of the total variation distance; KL has weight 1.")
+    margin_weight: float = option(0.0, "Of the paper's cost; 0.5 for the lossy mode.")
     learning_rate: float = 2e-4
     num_assistant_tokens: int = 5
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import NAMES, family
 
+from hf_specdec import on_speculation
 from hf_specdec.registry import presets
 
 
@@ -52,11 +53,20 @@ def grown(mask, width):
 # statistics
 
 
-def check_statistics(out, model, rows, exact_rows=True):
-    stats = out.speculation
+def counted(model, strategy, **kwargs):
+    """Return the output of a call and the statistics that it reported, which the output has where it drafted."""
+    found = []
+    with on_speculation(found.append):
+        out = model.ours(strategy, **kwargs, return_dict_in_generate=True)
+    (stats,) = found
+    assert out.speculation is (stats if stats.num_draft_tokens else None)
+    return out, stats
+
+
+def check_statistics(out, stats, model, rows, exact_rows=True):
     width = model.ids.shape[1]
-    if out.sequences.shape[1] == width + 1:
-        assert stats is None  # the prompt's forward gave the only token
+    if out.sequences.shape[1] == width + 1:  # the prompt's forward gave the only token
+        assert stats.num_drafts == 0 and not any(stats.accept_lengths)
         return
     assert len(stats.accept_lengths) == rows
     if exact_rows:
@@ -66,7 +76,8 @@ def check_statistics(out, model, rows, exact_rows=True):
     emitted = sum(map(sum, stats.accept_lengths))
     least = 0 if "ticks" in stats.method else 1  # a pipeline that is filling up emits nothing
     assert all(length >= least for row in stats.accept_lengths for length in row)
-    assert stats.num_drafts == steps
+    assert (stats.num_drafts > 0) == (stats.num_draft_tokens > 0) and stats.num_drafts <= steps
+    assert stats.num_drafts <= stats.num_draft_tokens
     assert stats.num_accepted_tokens == sum(stats.num_accepted_tokens_per_pos) <= stats.num_draft_tokens
     assert stats.num_accepted_tokens <= emitted <= stats.num_accepted_tokens + steps
     per_pos = stats.num_accepted_tokens_per_pos

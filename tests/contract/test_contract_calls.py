@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from contract_cases import check_statistics, every_preset, some_families, stock_text, stock_tokens
+from contract_cases import check_statistics, counted, every_preset, some_families, stock_text, stock_tokens
 from families import family, letter, tokenizer
 from streams import Streamer
 from transformers import (
@@ -65,7 +65,7 @@ def stopped(rows, with_eos, stop):
     """Return a call under a criterion; where there is an EOS, stock pads the rows that finished."""
     model = family("llama")
     extra = {"eos_token_id": model.eos} if with_eos else {}
-    wanted = {"return_dict_in_generate": True, "stopping_criteria": StoppingCriteriaList([stop])}
+    wanted = {"stopping_criteria": StoppingCriteriaList([stop])}
     return {**model.inputs(rows), **extra, **wanted, "max_new_tokens": 24}
 
 
@@ -85,7 +85,7 @@ def processed(rows, processor):
 def stock_stopped(rows, with_eos, token):
     """Return stock's output under `Stop(token, 2)` and the widths that the criterion was shown."""
     stop = Stop(token, 2)
-    return family("llama").stock(**stopped(rows, with_eos, stop)).sequences, stop.widths
+    return family("llama").stock(**stopped(rows, with_eos, stop)), stop.widths
 
 
 @functools.cache
@@ -175,10 +175,10 @@ def test_custom_criterion_cuts_at_the_exact_token(strategy, rows, with_eos, llam
                 llama.ours(strategy, **kwargs)
             return
         expected, widths = stock_stopped(rows, with_eos, token)
-        out = llama.ours(strategy, **kwargs, tokens=5)
+        out, stats = counted(llama, strategy, **kwargs, tokens=5)
         assert torch.equal(out.sequences, expected), token
         assert stop.widths == widths, token
-        check_statistics(out, llama, rows, exact_rows=rows == 1)
+        check_statistics(out, stats, llama, rows, exact_rows=rows == 1)
 
 
 @every_preset

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from contract_cases import check_statistics, every_preset, new_tokens
+from contract_cases import check_statistics, counted, every_preset, new_tokens
 
 from hf_specdec.generation.models.surgery import decoder_layers
 from hf_specdec.generation.strategy import SpeculationStrategy
@@ -15,20 +15,16 @@ from hf_specdec.registry import strategy_class
 @pytest.mark.parametrize("new", [1, 2, 40])
 @pytest.mark.parametrize("sample", [False, True])
 def test_statistics_add_up(strategy, rows, new, sample, llama):
-    out = llama.ours(
-        strategy, **llama.inputs(rows), max_new_tokens=new, return_dict_in_generate=True, do_sample=sample
-    )
-    check_statistics(out, llama, rows)
+    out, stats = counted(llama, strategy, **llama.inputs(rows), max_new_tokens=new, do_sample=sample)
+    check_statistics(out, stats, llama, rows)
 
 
 @every_preset
 def test_statistics_count_up_to_eos(strategy, llama):
-    out = llama.ours(
-        strategy, **llama.batch, max_new_tokens=40, return_dict_in_generate=True, eos_token_id=llama.eos, tokens=5
-    )
-    check_statistics(out, llama, 4, exact_rows=False)
+    out, stats = counted(llama, strategy, **llama.batch, max_new_tokens=40, eos_token_id=llama.eos, tokens=5)
+    check_statistics(out, stats, llama, 4, exact_rows=False)
     kept = new_tokens(out.sequences, llama.ids.shape[1], llama.eos)
-    assert [sum(row) + 1 for row in out.speculation.accept_lengths] == [len(row) for row in kept]
+    assert [sum(row) + 1 for row in stats.accept_lengths] == [len(row) for row in kept]
 
 
 @every_preset

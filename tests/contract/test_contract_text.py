@@ -111,4 +111,4 @@ def test_return_dict_on_and_off(strategy, llama):
     assert torch.equal(llama.ours(strategy, **kwargs), out.sequences)
     assert out.scores is None and out.logits is None
     assert out.attentions is None and out.hidden_states is None
-    assert out.speculation is not None
+    assert (out.speculation is None) == (strategy == "plain")

@@ -150,9 +150,9 @@ def test_cache_after_every_round_equals_a_fresh_forward(strategy, name, monkeypa
     def commit(self, state, kept):
         original(self, state, kept)
         for slot, row in enumerate(state.active):
-            texts[row] = state.text[row, : state.committed[slot]].clone()
+            texts[row] = state.text.tokens[row, : state.committed[slot]].clone()
             for index, layer in enumerate(state.target.cache.layers):
-                clean = self.clean_length(state, index, slot)
+                clean = self.clean_length(state, index, row)
                 assert 0 < clean <= len(texts[row])
                 held = (layer.keys[slot, :, :clean].clone(), layer.values[slot, :, :clean].clone())
                 seen.append((row, index, *held))

@@ -46,7 +46,7 @@ def test_record():
     stats.record(1, drafted=4, accepted=1, emitted=2)
     stats.record(0, drafted=2, accepted=0, emitted=1)
     stats.record(1, drafted=0, accepted=0, emitted=1)
-    assert stats.num_drafts == 4
+    assert stats.num_drafts == 3  # the fourth round drafted nothing
     assert stats.num_draft_tokens == 10
     assert stats.num_accepted_tokens == 5
     assert stats.num_accepted_tokens_per_pos == [2, 1, 1, 1]
@@ -173,7 +173,7 @@ def test_counters_of_a_call(model):
     stats = generate(model, DENSE).speculation
     assert stats.strategy == "vegas"
     assert stats.accept_lengths == [[5, 5, 5, 1]] * 2
-    assert stats.num_drafts == 8 and stats.num_draft_tokens == stats.num_accepted_tokens == 24
+    assert stats.num_drafts == 6 and stats.num_draft_tokens == stats.num_accepted_tokens == 24
     assert stats.num_accepted_tokens_per_pos == [6, 6, 6, 6]
     assert stats.acceptance_rate == 1 and stats.mean_tokens_per_step == 4
     assert stats.target_forwards == 4 and stats.draft_forwards == 12
@@ -182,7 +182,11 @@ def test_counters_of_a_call(model):
 
 
 def test_counters_without_drafts(model):
-    stats = generate(model, PlainConfig()).speculation
+    seen = []
+    with on_speculation(seen.append):
+        assert generate(model, PlainConfig()).speculation is None  # nothing was drafted
+    (stats,) = seen
+    assert stats.num_drafts == 0
     assert stats.accept_lengths == [[1] * 16] * 2
     assert stats.num_draft_tokens == stats.draft_forwards == 0 and stats.target_forwards == 16
 
@@ -195,13 +199,14 @@ def test_a_callback_gets_every_call_once(model):
     seen = []
     with on_speculation(seen.append):
         ids = generate(model, DENSE, return_dict_in_generate=False)
-        out = generate(model, "plain")
+        out = generate(model, DENSE, max_new_tokens=9)
+        generate(model, "plain")
         model.generate(ids[:, :7], max_new_tokens=2, do_sample=False)  # stock: not a speculative call
     assert isinstance(ids, torch.Tensor)
-    assert [stats.strategy for stats in seen] == ["vegas", "plain"]
+    assert [stats.strategy for stats in seen] == ["vegas", "vegas", "plain"]
     assert seen[1] is out.speculation
     generate(model, DENSE)
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 def test_timings_of_a_call(model):

@@ -228,8 +228,13 @@ def test_what_cannot_be_captured_is_refused(llama):
     with pytest.raises(ValueError, match="`compile='graphs'` captures CUDA graphs, so `model` must be on one CUDA"):
         generate(llama, "plain", llama.one, "graphs")
     for strategy in ("specbound", "via_sd", "spd"):
-        with pytest.raises(ValueError, match=f"`compile='inductor'` is not available for the strategy '{strategy}'"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'compile'"):
             generate(llama, strategy, llama.one, "inductor")
+    slim = DiversedConfig(weight=1.0, drafter=families.configured("via_sd:slim"), compile="inductor")
+    with pytest.raises(ValueError, match="`compile='inductor'` is not available for the strategy 'diversed'"):
+        generate_with(llama, slim)
+    with pytest.raises(ValueError, match="`drafter.compile='inductor'`: 'via_sd' has no `compile`"):
+        generate_with(llama, families.configured("via_sd").override(drafter=VegasConfig(compile="inductor")))
     with pytest.raises(
         ValueError, match="`compile` must be one of None, 'graphs', 'inductor', 'graphs.inductor', got 'fast'"
     ):

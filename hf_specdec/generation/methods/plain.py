@@ -11,6 +11,7 @@ New here  a preallocated cache without the copies of the default one, and packed
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...configuration import SpeculationConfig
 from ..strategy import SpeculationStrategy
@@ -18,9 +19,13 @@ from ..strategy import SpeculationStrategy
 
 @dataclass(frozen=True)
 class PlainConfig(SpeculationConfig):
-    """Settings of plain decoding: none; `num_assistant_tokens` has no effect, since nothing is drafted."""
+    """Settings of plain decoding: how it is run."""
 
     strategy = "plain"
+
+    _replaced = {"num_assistant_tokens": "nothing is drafted"}
+
+    num_assistant_tokens: ClassVar[int] = 0  # type: ignore[misc]
 
 
 class PlainStrategy(SpeculationStrategy):

@@ -53,7 +53,7 @@ class LookupDrafter(Drafter):
     def propose(self, state: DecodingState) -> Draft:
         """Look up each row's newest words."""
         rows = [
-            self._follow(state.words[row, :length], room)  # on the CPU, so that no device is waited for
+            self._follow(state.text.host[row, :length], room)  # on the CPU, so that no device is waited for
             for row, length, room in zip(state.active, state.committed, state.draft_room(self.limit), strict=True)
         ]
         counts = [len(found) for found in rows]

@@ -6,23 +6,26 @@ the format's version, and the models they were made for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from ... import artefacts
-from ...artefacts import ADAPTER_NAME, CONFIG_NAME, FORMAT_VERSION
+from ...artefacts import ADAPTER_NAME, CONFIG_NAME, FORMAT_VERSION, AdapterReference
 from ...configuration import SpeculationConfig
 
 
 Built = TypeVar("Built")
+
+_loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], Any]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -30,19 +33,100 @@ class Adapter:
     """A loaded adapter.
 
     Args:
-        record (`dict`): what the config file says of it under `"adapter"`.
+        reference (`AdapterReference`): where it was read from, and what is recorded of it.
         tensors (`dict[str, torch.Tensor]`): its tensors, on the CPU.
-        folder (`Path`): where it was read from.
     """
 
-    record: dict[str, Any]
+    reference: AdapterReference
     tensors: dict[str, torch.Tensor]
-    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the config file says of it under `"adapter"`."""
+        return cast("dict[str, Any]", self.reference.record)
 
     @property
     def place(self) -> str:
-        """How messages name the folder: by its repository where it is on the Hub."""
-        return artefacts.place(self.folder)
+        """How messages name the folder."""
+        return self.reference.place
+
+    def take_vocabulary(self, name: str = "vocabulary") -> torch.Tensor | None:
+        """Return the ids `[k]`, int64, that its head is cut to, which are no parameter; `None` for all."""
+        ids = self.tensors.pop(name, None)
+        return None if ids is None else ids.long()
+
+    def fill(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], what: str) -> None:
+        """Set `parameters`, which are those of `module` or some of them, to the tensors, and freeze them.
+
+        Args:
+            what (`str`): that the tensors should be, for the message.
+
+        Raises:
+            ValueError: if names or shapes differ.
+        """
+        shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        if shapes != {name: tuple(value.shape) for name, value in parameters.items()}:
+            raise ValueError(f"The adapter in {self.place} does not hold {what}.")
+        # buffers, if a layer has some, are as the model's
+        like = {n: p if not p.is_meta else torch.empty(0, dtype=p.dtype) for n, p in parameters.items()}
+        module.load_state_dict({n: v.to(like[n]) for n, v in self.tensors.items()}, strict=False, assign=True)
+        for name in parameters:
+            module.get_parameter(name).requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class AdapterKind(Generic[Built]):
+    """How adapters of one kind become what a strategy uses.
+
+    Args:
+        name (`str`): the kind that their records name.
+        build (`Callable`): makes it of the model and the adapter.
+        needs (`tuple[str, ...]`): entries that a record must have.
+        model (`str`, *optional*): the entry that describes the model; `None` if there are others to compare too.
+        moves (`bool`, *optional*, defaults to `False`): it is a module that follows the model to its device and type.
+    """
+
+    name: str
+    build: Callable[[PreTrainedModel, Adapter], Built]
+    needs: tuple[str, ...] = ()
+    model: str | None = None
+    moves: bool = False
+
+    def check(self, model: PreTrainedModel, reference: AdapterReference) -> None:
+        """Raise `ValueError` for a record that lacks something, or an adapter of another model than `model`."""
+        record = cast("dict[str, Any]", reference.record)
+        needed = self.needs if self.model is None else (*self.needs, self.model)
+        missing = sorted(set(needed) - set(record))
+        if missing:
+            raise ValueError(f"The adapter in {reference.place} has a record without {', '.join(missing)}.")
+        if self.model is not None:
+            check_model(model, record[self.model], reference, "model")
+
+
+def load_adapter(model: PreTrainedModel, kind: AdapterKind[Built], name_or_path: str) -> Built:
+    """Return what is saved in a folder or Hub repository, built for `model`.
+
+    It is built once per model, kind and file as it is on disk; `unload` forgets it.
+
+    Raises:
+        OSError: if one of its files is missing, or the repository can't be read.
+        ValueError: for an adapter of another kind, model or format, or tensors that are not what the record says.
+    """
+    folder = Path(name_or_path)
+    where = str(name_or_path)
+    if (folder / CONFIG_NAME).is_file():
+        files = [folder / CONFIG_NAME, *sorted(folder.rglob("*.safetensors"))]
+        where = f"{folder.resolve()} {[file.stat().st_mtime_ns for file in files]}"
+    known = _loaded.setdefault(model, {})
+    if (kind.name, where) not in known:
+        adapter = read_adapter(name_or_path, kind.name)
+        kind.check(model, adapter.reference)
+        known[kind.name, where] = kind.build(model, adapter)
+    built: Any = known[kind.name, where]
+    if kind.moves:  # the model may have been moved or cast since it was loaded
+        weight = cast(torch.Tensor, model.get_output_embeddings().weight)
+        built = built.to(device=weight.device, dtype=weight.dtype)
+    return cast(Built, built)
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -64,26 +148,26 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def check_model(model: PreTrainedModel, noted: dict[str, Any], folder: Path, role: str) -> None:
+def check_model(model: PreTrainedModel, noted: dict[str, Any], reference: AdapterReference, role: str) -> None:
     """Raise `ValueError` unless `model` is the one that an adapter was made for.
 
     Args:
         model (`PreTrainedModel`): the model at hand.
         noted (`dict`): what `describe` returned when the adapter was made.
-        folder (`Path`): of the adapter, for the message.
+        reference (`AdapterReference`): the adapter, for the message.
         role (`str`): of the model, for the message: `"model"` or `"assistant_model"`.
     """
     found = describe(model)
     for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
         if found[key] != noted[key]:
             raise ValueError(
-                f"The adapter in {artefacts.place(folder)} was made for a `{role}` with {key} {noted[key]!r} "
+                f"The adapter in {reference.place} was made for a `{role}` with {key} {noted[key]!r} "
                 f"({noted['name']}), but this one has {found[key]!r} ({found['name']}). {_OTHER}"
             )
     same = torch.allclose(torch.tensor(found["fingerprint"]), torch.tensor(noted["fingerprint"]), rtol=0.02)
     if not same:
         raise ValueError(
-            f"The adapter in {artefacts.place(folder)} was made for another `{role}` of the same shape "
+            f"The adapter in {reference.place} was made for another `{role}` of the same shape "
             f"({noted['name']}): the embeddings of {found['name']!r} differ. {_OTHER}"
         )
 
@@ -124,26 +208,26 @@ def write_config(folder: str | Path, config: SpeculationConfig) -> None:
     """
     path = Path(folder)
     noted = artefacts.read_values(path) if (path / CONFIG_NAME).is_file() else {}
-    if not isinstance(noted.get("adapter"), dict):
+    adapter = AdapterReference.parse(noted, path)
+    if adapter is None or adapter.record is None:
         config.save_pretrained(path)
         return
     if noted["strategy"] != config.strategy:
         raise ValueError(f"{str(path)!r} holds an adapter of {noted['strategy']!r}, not of {config.strategy!r}.")
-    artefacts.write_values(path, {**config.to_dict(), "adapter": noted["adapter"]})
+    artefacts.write_values(path, {**config.to_dict(), "adapter": adapter.record})
 
 
-def read_record(name_or_path: str | Path, kind: str) -> tuple[dict[str, Any], Path]:
-    """Return the record of an adapter in a folder or a Hub repository, and the folder; its tensors are not read.
+def read_record(name_or_path: str | Path, kind: str) -> AdapterReference:
+    """Return what a folder or a Hub repository records of its adapter; the tensors are not read.
 
     Raises:
         OSError: if there is no config file, or the repository can't be read.
         ValueError: for an adapter of another kind, or a format that this release doesn't know.
     """
-    record, folder = artefacts.read_record(name_or_path)
-    if not isinstance(record, dict) or record.get("kind") != kind:
-        found = record.get("kind") if isinstance(record, dict) else None
-        raise ValueError(f"{artefacts.place(folder)} holds an adapter of kind {found!r}; needed: {kind!r}.")
-    return record, folder
+    found = AdapterReference.find(name_or_path)
+    if found.kind != kind:
+        raise ValueError(f"{found.place} holds an adapter of kind {found.kind!r}; needed: {kind!r}.")
+    return found
 
 
 def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
@@ -153,10 +237,9 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
         OSError: if one of its files is missing, or the repository can't be read.
         ValueError: for an adapter of another kind, or a format that this release doesn't know.
     """
-    record, folder = read_record(name_or_path, kind)
-    files = artefacts.record_files(record, artefacts.place(folder))
-    artefacts.check_files(folder, files)
-    return Adapter(record, read_tensors(folder / ADAPTER_NAME) if ADAPTER_NAME in files else {}, folder)
+    found = read_record(name_or_path, kind)
+    found.check_files()
+    return Adapter(found, read_tensors(found.folder / ADAPTER_NAME) if ADAPTER_NAME in found.files else {})
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -170,28 +253,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-_loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], Any]] = WeakKeyDictionary()
-
-
-def load_once(model: PreTrainedModel, kind: str, name_or_path: str, build: Callable[[Adapter], Built]) -> Built:
-    """Return `build(adapter)`, built once per model, kind and file as it is on disk."""
-    folder = Path(name_or_path)
-    where = str(name_or_path)
-    if (folder / CONFIG_NAME).is_file():
-        files = [folder / CONFIG_NAME, *sorted(folder.rglob("*.safetensors"))]
-        where = f"{folder.resolve()} {[file.stat().st_mtime_ns for file in files]}"
-    built = _loaded.setdefault(model, {})
-    if (kind, where) not in built:
-        adapter = read_adapter(name_or_path, kind)
-        try:
-            built[kind, where] = build(adapter)
-        except KeyError as error:
-            raise ValueError(f"The adapter in {adapter.place} has a record without {error}.") from error
-    return built[kind, where]
-
-
 def remember(model: PreTrainedModel, kind: str, name: str, built: Any) -> None:
-    """Make `built` what `load_once` returns under a name: for an adapter that is being trained, in no file yet."""
+    """Make `built` what `load_adapter` returns under a name: for an adapter that is being trained, in no file yet."""
     _loaded.setdefault(model, {})[kind, name] = built
 
 

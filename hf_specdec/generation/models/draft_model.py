@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...configuration import CONFIG_NAME, SpeculationConfig
-from .adapters import Adapter, check_model, describe, load_once, write_adapter
+from .adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
 from .surgery import decoder_layers, place_layer
 from .vocabulary import ReducedHead
 
@@ -98,25 +98,20 @@ def load_draft(target: PreTrainedModel, name_or_path: str) -> PreTrainedModel:
     Raises:
         ValueError: for a draft of another model, or a file that is no draft.
     """
+    return load_adapter(target, _DRAFT, name_or_path)
 
-    def build(adapter: Adapter) -> PreTrainedModel:
-        check_model(target, adapter.record["target"], adapter.folder, "model")
-        vocabulary = adapter.tensors.pop("vocabulary", None)
-        draft = cut_draft(target, adapter.record["layers"], None if vocabulary is None else vocabulary.long())
-        own = own_parameters(draft, target)
-        if set(own) != set(adapter.tensors):
-            raise ValueError(f"The draft in {adapter.place} does not hold the layers that its record names.")
-        with torch.no_grad():
-            for name, value in own.items():
-                value.copy_(adapter.tensors[name])
-                value.requires_grad_(False)
-        shared = {id(module) for module in target.modules()}
-        for module in draft.modules():
-            if id(module) not in shared:
-                module.training = False
-        return draft
 
-    return load_once(target, KIND, name_or_path, build)
+def _build(target: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    draft = cut_draft(target, adapter.record["layers"], adapter.take_vocabulary())
+    adapter.fill(draft, own_parameters(draft, target), "the layers that its record names")
+    shared = {id(module) for module in target.modules()}
+    for module in draft.modules():
+        if id(module) not in shared:
+            module.training = False
+    return draft
+
+
+_DRAFT = AdapterKind(KIND, _build, needs=("layers",), model="target")
 
 
 def load_assistant(target: PreTrainedModel, name: str, dtype: str, device: str) -> PreTrainedModel:

@@ -156,7 +156,7 @@ class Rounds(list):
             for slot, row in enumerate(state.active):
                 self.append({
                     "row": row, "slot": slot, "count": draft.counts[slot], "accepted": result.accepted[slot],
-                    "text": state.text[row, : state.committed[slot]].clone(), "drafts": draft.tokens[slot],
+                    "text": state.text.tokens[row, : state.committed[slot]].clone(), "drafts": draft.tokens[slot],
                     "q": None if draft.distributions is None else draft.distributions[slot],
                     "logits": target.logits[slot],
                     "scores": result.scores[slot], "weights": self.weights[before:], "inputs": self.inputs[asked:],

@@ -54,7 +54,7 @@ def test_t_acc_statistics_are_those_of_the_tested_positions(monkeypatch, heads):
     def noted(strategy, state, draft, target):
         result = accept(strategy, state, draft, target)
         for slot, row in enumerate(state.active):
-            text = state.ids[row : row + 1, : state.columns[row]]
+            text = state.text.by_column(state.text.columns[row])[row : row + 1]
             for place in range(min(result.accepted[slot] + 1, draft.counts[slot])):
                 whole = torch.cat([text, draft.tokens[slot : slot + 1, :place]], dim=1)
                 (p, target_state), (q, draft_state) = (final(model, whole) for model in pair(5))

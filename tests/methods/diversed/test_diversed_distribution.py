@@ -138,11 +138,11 @@ class Paths:
 
     def distributions(self, config, **kwargs):
         """Return one distribution per text, each a dictionary from emitted tokens to probability."""
-        begin, accept, rule = DecodingState.begin, acceptance.accept_drafts, acceptance.acceptance_probability
+        activate, accept, rule = DecodingState.activate, acceptance.accept_drafts, acceptance.acceptance_probability
 
-        def noted_begin(state, *args):
+        def noted_activate(state, *args):
             self.state = state
-            return begin(state, *args)
+            return activate(state, *args)
 
         def noted_accept(drafts, counts, *args):
             self.counts = counts
@@ -155,7 +155,7 @@ class Paths:
         found = [{} for _ in self.texts]
         self.queue = [(kind, []) for kind in range(len(self.texts))]
         with self.patch.context() as patch:
-            patch.setattr(DecodingState, "begin", noted_begin)
+            patch.setattr(DecodingState, "activate", noted_activate)
             patch.setattr(acceptance, "accept_drafts", noted_accept)
             patch.setattr(acceptance, "acceptance_probability", noted_rule)
             patch.setattr(torch, "multinomial", self.multinomial)
@@ -303,7 +303,7 @@ def test_t_adapt_draft_lengths_that_follow_the_text(monkeypatch, heads, bonus):
     def shorter(drafter, state):
         draft = propose(drafter, state)
         for slot, row in enumerate(state.active):
-            text = state.ids[row, start : state.columns[row]].tolist()
+            text = state.text.by_column(state.text.columns[row])[row, start:].tolist()
             prefixes = [(*text, *draft.tokens[slot, :n].tolist()) for n in range(draft.counts[slot])]
             draft.counts[slot] = next((n for n, prefix in enumerate(prefixes) if stop(prefix)), len(prefixes))
         seen.update(draft.counts)

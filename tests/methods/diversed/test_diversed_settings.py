@@ -42,7 +42,7 @@ def test_the_drafters_number_of_tokens_gives_way():
         ({"greedy_temperature": -1.0}, ValueError, "greedy_temperature"),
         ({"greedy_temperature": math.nan}, ValueError, "greedy_temperature"),
         ({"num_assistant_tokens": 0}, ValueError, "num_assistant_tokens"),
-        ({"drafter": "vegas"}, TypeError, "drafter"),
+        ({"drafter": 5}, TypeError, "drafter"),
         ({"restrict_to_target_support": 1}, TypeError, "restrict_to_target_support"),
     ],
     ids=str,
@@ -63,8 +63,11 @@ def test_wrong_settings(changes, error, name):
         ({"adapter": "head", "drafter": VegasConfig()}, "hidden states"),
         ({"drafter": hf_specdec.PlainConfig()}, "must be a strategy that drafts"),
         ({"bonus": "mixture", "drafter": VegasConfig()}, "bonus='mixture'"),
+        ({"drafter": "plain"}, "must be a strategy that drafts"),
+        ({"drafter": "eagle"}, "`drafter='eagle'`.*the known ones are .*prompt_lookup"),
+        ({"drafter": "vegas:wide"}, "`drafter='vegas:wide'`.*its presets: .*window"),
     ],
-    ids=["head and vegas", "plain", "mixture and vegas"],
+    ids=["head and vegas", "plain", "mixture and vegas", "plain by name", "no strategy", "no preset"],
 )
 def test_wrong_drafters(changes, name):
     with pytest.raises(ValueError, match=name):

@@ -310,7 +310,7 @@ def questions():
     propose, push, logits = SpecBoundStrategy.propose, Rows.push, ExitReader.logits
 
     def noted_propose(self, state):
-        now.update(text=[state.text[:1, : state.committed[0] - 1]], strategy=self)
+        now.update(text=[state.text.tokens[:1, : state.committed[0] - 1]], strategy=self)
         return propose(self, state)
 
     def noted_push(self, token):

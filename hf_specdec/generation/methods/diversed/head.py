@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ....artefacts import AdapterReference
 from ....configuration import SpeculationConfig
-from ...models.adapters import Adapter, check_model, describe, load_once, write_adapter
+from ...models.adapters import Adapter, AdapterKind, check_model, describe, load_adapter, write_adapter
 
 
 KIND = "diversed_head"
@@ -92,13 +93,9 @@ class DiversedHead(nn.Module):
             raise ValueError(f"`config` has the fixed weight {weight}, which excludes a head.")
         record = {
             "kind": KIND,
-            "head_type": "linear",
+            **_LAYOUT,
             "draft_hidden_size": self.draft_size,
             "target_hidden_size": self.target_size,
-            "input_order": ["draft", "target"],
-            "weight_semantics": "target",
-            "activation": "sigmoid",
-            "hidden_source": "lm_head_input",
             "input_norm": self.input_norm,
             "draft_model": describe(draft_model),
             "target_model": describe(target_model),
@@ -114,40 +111,42 @@ def load_head(target: PreTrainedModel, draft: PreTrainedModel, name_or_path: str
         ValueError: for a head of another pair or a swapped one, of a layout that this release doesn't know, or whose
             tensors have other sizes than its record says.
     """
-
-    def build(adapter: Adapter) -> DiversedHead:
-        record, where = adapter.record, f"The head in {adapter.place}"
-        allowed = {"head_type": "linear", "input_order": ["draft", "target"], "weight_semantics": "target"}
-        allowed |= {"activation": "sigmoid", "hidden_source": "lm_head_input"}
-        missing = {"draft_hidden_size", "target_hidden_size", "input_norm"} - set(record)
-        if missing:
-            raise ValueError(f"{where} has a record without {', '.join(sorted(missing))}.")
-        for key, value in allowed.items():
-            if record.get(key) != value:
-                raise ValueError(f"{where} has {key} {record.get(key)!r}; this release reads {value!r}.")
-        head = DiversedHead(
-            record["draft_hidden_size"], record["target_hidden_size"], input_norm=record["input_norm"], record=record
-        )
-        shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
-        expected = {"weight": (1, head.draft_size + head.target_size), "bias": (1,)}
-        if shapes != expected:
-            raise ValueError(f"{where} holds tensors of shapes {shapes}; its record asks for {expected}.")
-        head.load_state_dict(adapter.tensors)
-        return head.eval().requires_grad_(False)
-
-    head = load_once(target, KIND, name_or_path, build)
-    folder = Path(name_or_path)
+    head = load_adapter(target, _HEAD, name_or_path)
+    where = AdapterReference(name_or_path)
     for role, model, size in (("model", target, head.target_size), ("assistant_model", draft, head.draft_size)):
         key = "target_model" if role == "model" else "draft_model"
         noted, width = head.record.get(key), model.config.get_text_config(decoder=True).hidden_size
         if width != size:
             raise ValueError(
-                f"The head in {str(folder)!r} reads hidden states of size {size} from the `{role}`; this one's have "
+                f"The head in {name_or_path!r} reads hidden states of size {size} from the `{role}`; this one's have "
                 f"{width}."
             )
         if noted is not None:
-            check_model(model, noted, folder, role)
+            check_model(model, noted, where, role)
     return head
+
+
+def _build(_: PreTrainedModel, adapter: Adapter) -> DiversedHead:
+    record = adapter.record
+    for key, value in _LAYOUT.items():
+        if record.get(key) != value:
+            raise ValueError(
+                f"The head in {adapter.place} has {key} {record.get(key)!r}; this release reads {value!r}."
+            )
+    sizes = record["draft_hidden_size"], record["target_hidden_size"]
+    head = DiversedHead(*sizes, input_norm=record["input_norm"], record=record)
+    adapter.fill(head, dict(head.named_parameters()), f"the tensors of a head for hidden states of sizes {sizes}")
+    return head.eval()
+
+
+_LAYOUT = {
+    "head_type": "linear",
+    "input_order": ["draft", "target"],
+    "weight_semantics": "target",
+    "activation": "sigmoid",
+    "hidden_source": "lm_head_input",
+}
+_HEAD = AdapterKind(KIND, _build, needs=("draft_hidden_size", "target_hidden_size", "input_norm"))
 
 
 def import_reference_head(path: str | Path, draft_size: int | None = None) -> DiversedHead:

@@ -25,9 +25,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ....configuration import SpeculationConfig
-from ....kernels.address import upload
 from ... import acceptance
-from ...drafting import AssistantDrafter, chosen_drafter
+from ...drafting import AssistantDrafter, chosen_drafter, drafter_name
 from ...runner import Forward
 from ...state import DecodingState
 from ...strategy import Draft, Drafter, SpeculationStrategy, StepResult
@@ -61,8 +60,9 @@ class DiversedConfig(SpeculationConfig):
             warped distribution gives no mass; the mixture is renormalised over the others.
         greedy_temperature (`float`, *optional*, defaults to 1.0): temperature of the distributions that greedy
             decoding mixes.
-        drafter (`SpeculationConfig`, *optional*): what drafts instead of `assistant_model`, such as
-            `AssistedConfig(adapter=...)` or `VegasConfig()`; its `num_assistant_tokens` gives way to the one here.
+        drafter (`SpeculationConfig` or `str`, *optional*): what drafts instead of `assistant_model`: settings or name
+            of another strategy, such as `AssistedConfig(adapter=...)` or `"prompt_lookup"`. Its `num_assistant_tokens`
+            gives way to the one here.
     """
 
     strategy = "diversed"
@@ -76,7 +76,7 @@ class DiversedConfig(SpeculationConfig):
     mix_space: str = "prob"
     restrict_to_target_support: bool = False
     greedy_temperature: float = 1.0
-    drafter: SpeculationConfig | None = None
+    drafter: SpeculationConfig | str | None = None
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that is out of range, or settings that exclude each other."""
@@ -131,7 +131,7 @@ class DiversedStrategy(SpeculationStrategy):
         """Return the configured drafter, the assistant's by default."""
         chosen = self.config.drafter
         drafter = chosen_drafter(chosen, self.assistant_model, self.config)
-        name = "assisted" if chosen is None else chosen.strategy
+        name = drafter_name(chosen)
         if self.config.adapter is not None and not drafter.gives_hidden:
             raise ValueError(
                 f"`adapter` needs a drafter with hidden states of its own, such as an assistant model; "
@@ -199,7 +199,7 @@ class DiversedStrategy(SpeculationStrategy):
         """Judge the drafts against the mixture, at the positions that predict them."""
         scores = state.process(target.logits, draft.tokens)
         p, tokens, k = state.distribution(scores), draft.tokens, draft.tokens.shape[1]
-        counts = upload(draft.counts, p.device)
+        counts = draft.counts_on_device
         q = (
             draft.distributions
             if draft.distributions is not None

@@ -17,11 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .... import _compat
+from ....artefacts import AdapterReference
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
 from ....kernels.address import Address
 from ....kernels.dispatch import MaskSpec
-from ...models.adapters import Adapter, check_model, describe, load_once, read_record, write_adapter
+from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_record, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, placed, run_layer
 from ...models.surgery import decoder_layers, place_layer
 from ...models.vocabulary import ReducedHead
@@ -216,15 +217,14 @@ class DraftReader:
         return self.module.run(rows, calls)
 
 
-def _depths(model: PreTrainedModel, record: dict[str, Any], folder: Path) -> DepthMap:
-    """Return the depth map of an adapter's record, which must be of `model`."""
-    where = f"The adapter in {str(folder)!r}"
-    missing = {"architecture", "num_stages", "stage_layers", "feature_layers", "templates", "model"} - set(record)
-    if missing:
-        raise ValueError(f"{where} has a record without {', '.join(sorted(missing))}.")
+def _depths(model: PreTrainedModel, reference: AdapterReference) -> DepthMap:
+    """Return the depth map of an adapter that was made for `model`."""
+    record = cast("dict[str, Any]", reference.record)
     if record["architecture"] != ARCHITECTURE:
-        raise ValueError(f"{where} has the architecture {record['architecture']!r}; this release reads v11.")
-    check_model(model, record["model"], folder, "model")
+        raise ValueError(
+            f"The adapter in {reference.place} has the architecture {record['architecture']!r}; this release reads "
+            f"{ARCHITECTURE}."
+        )
     layers = len(decoder_layers(model))
     return DepthMap(layers, record["num_stages"], record["stage_layers"], record["feature_layers"])
 
@@ -235,8 +235,9 @@ def read_depths(model: PreTrainedModel, name_or_path: str) -> DepthMap:
     Raises:
         ValueError: for a module of another model or architecture.
     """
-    record, folder = read_record(name_or_path, KIND)
-    return _depths(model, record, folder)
+    reference = read_record(name_or_path, KIND)
+    _MODULE.check(model, reference)
+    return _depths(model, reference)
 
 
 def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraftModule:
@@ -245,22 +246,17 @@ def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraf
     Raises:
         ValueError: for a module of another model or architecture, or tensors that are not what its record says.
     """
-    device = cast(torch.Tensor, model.get_output_embeddings().weight).device
+    return load_adapter(model, _MODULE, name_or_path)
 
-    def build(adapter: Adapter) -> PipelineDraftModule:
-        record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {adapter.place}"
-        depths = _depths(model, record, adapter.folder)
-        ids = tensors.pop("draft_token_ids", None)
-        span, family = record.get("train_span"), record.get("family")
-        module = PipelineDraftModule(model, depths, record["templates"], ids, span, family, record)
-        expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
-        if {name: tuple(value.shape) for name, value in tensors.items()} != expected:
-            raise ValueError(f"{where} does not hold the tensors of a draft module with features {depths.features}.")
-        dtype = next(module.parameters()).dtype
-        tensors = {name: value.to(device=device, dtype=dtype) for name, value in tensors.items()}
-        module.load_state_dict(tensors, strict=False, assign=True)  # buffers, if a layer has some, are as the model's
-        return module.eval().requires_grad_(False)
 
-    module = load_once(model, KIND, name_or_path, build)
-    # the model may have been moved or cast since it was loaded
-    return module.to(device=device, dtype=cast(torch.Tensor, model.get_output_embeddings().weight).dtype)
+def _build(model: PreTrainedModel, adapter: Adapter) -> PipelineDraftModule:
+    record, depths = adapter.record, _depths(model, adapter.reference)
+    ids, span, family = adapter.take_vocabulary("draft_token_ids"), record.get("train_span"), record.get("family")
+    module = PipelineDraftModule(model, depths, record["templates"], ids, span, family, record)
+    what = f"the tensors of a draft module with features {depths.features}"
+    adapter.fill(module, dict(module.named_parameters()), what)
+    return module.eval()
+
+
+_NEEDS = ("architecture", "num_stages", "stage_layers", "feature_layers", "templates")
+_MODULE = AdapterKind(KIND, _build, needs=_NEEDS, model="model", moves=True)

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .... import _compat
-from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
 from ....kernels.dispatch import speculative_attention
 from ... import acceptance
@@ -61,7 +60,6 @@ class SPDConfig(SpeculationConfig):
     """Settings of SPD.
 
     Args:
-        num_assistant_tokens (`int`, *optional*, defaults to 1): always 1: one token is drafted per tick.
         adapter (`str`): folder or Hub repository of a trained draft module.
         num_stages (`int`, *optional*): n; must be the adapter's, which is the default.
         stage_layers (`list[int]`, *optional*): layers of each stage; must be the adapter's, which are the default.
@@ -73,7 +71,13 @@ class SPDConfig(SpeculationConfig):
 
     strategy = "spd"
 
-    num_assistant_tokens: int = 1
+    _replaced = {
+        "num_assistant_tokens": "one token is drafted per tick, and `num_stages` are in flight",
+        "compile": "stages are run apart, so nothing can be compiled",
+    }
+
+    num_assistant_tokens: ClassVar[int] = 0  # type: ignore[misc]  # no block is verified: storage as for plain
+    compile: ClassVar[None] = None  # type: ignore[misc]
     adapter: str | None = None
     num_stages: int | None = None
     stage_layers: list[int] | tuple[int, ...] | None = None
@@ -82,11 +86,6 @@ class SPDConfig(SpeculationConfig):
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that is out of range."""
-        if self.num_assistant_tokens != 1:
-            raise ValueError(
-                f"`num_assistant_tokens` must be 1 for the strategy 'spd', got {self.num_assistant_tokens}: it drafts "
-                "one token per tick, and keeps as many in flight as there are stages (`num_stages`)."
-            )
         counts = self.stage_layers
         if counts is not None and (not counts or any(type(count) is not int for count in counts)):
             raise ValueError(f"`stage_layers` must hold a whole number of layers per stage, got {counts!r}.")
@@ -201,11 +200,6 @@ class SPDStrategy(SpeculationStrategy):
                     f"The draft vocabulary of {self.config.adapter!r} lacks the EOS token {end}: it is never guessed."
                 )
 
-    def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
-        """Return storage as large as plain decoding's, so that attention reduces over the same slots."""
-        capacity = state.longest + SpeculationConfig.num_assistant_tokens + 1
-        return SpeculativeCache(state.windows, rows, capacity, self.config.kernels)
-
     @property
     def controls(self) -> bool:
         """Whether this process decides; the others serve it (see `follow`)."""
@@ -226,14 +220,14 @@ class SPDStrategy(SpeculationStrategy):
             yield
             if self.controls:
                 self.ranks.command(STOP, 0)
-            result = torch.cat([state.ids.flatten().cpu(), torch.tensor(state.columns)])
+            text = state.text
+            result = torch.cat([text.host.flatten(), torch.tensor(text.columns)])
             self.ranks.share(result)
-            state.columns = result[-state.batch :].tolist()
-            state.ids.copy_(result[: -state.batch].view_as(state.ids))
+            text.replace(result[: -state.batch].view_as(text.host), result[-state.batch :].tolist())
 
     def _terms(self, state: DecodingState) -> dict[str, str]:
         """Return what all ranks must agree on."""
-        record, _ = read_record(cast(str, self.config.adapter), KIND)
+        record = read_record(cast(str, self.config.adapter), KIND).record
         return {
             "protocol": str(_PROTOCOL),
             "inputs": _digest([state.prompt.ids.tolist(), state.prompt.mask.tolist()]),

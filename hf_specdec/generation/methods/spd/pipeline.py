@@ -113,7 +113,7 @@ class Pipeline:
             output = state.prefill()
         self.parts = Layerwise(state.model)
         self.parts.check(runner, state.pending, state.committed[0] - 1, output.logits)
-        tokens = state.text[state.active, first : state.committed[0]]
+        tokens = state.text.tokens[state.active, first : state.committed[0]]
         seen[0] = self.parts.record_at(runner, tokens, first).hidden
         self.stages = [Stage(self.parts, self.depths, i, runner.cache) for i in range(self.depths.stages)]
         self.rewind(state.committed[0])

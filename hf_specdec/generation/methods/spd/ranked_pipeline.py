@@ -68,7 +68,7 @@ class _Place:
         begin, end = block
         stage = cast(Stage, self.stage)
         if stage.index == 0:
-            inputs = {"input_ids": self.state.text[self.state.active, begin:end].to(self.embedding.device)}
+            inputs = {"input_ids": self.state.text.tokens[self.state.active, begin:end].to(self.embedding.device)}
         else:
             hidden, work = self.ranks.take(self.shape(end - begin), self.dtype, stage.index - 1)
             self.ranks.wait(work, self.ranks.owner(stage.index - 1))
@@ -145,7 +145,7 @@ class RankedPipeline(Pipeline):
         self.parts = place.parts
         self.cache, self.last_position = state.target.cache, state.target.last_position
         self.stages = [] if place.stage is None else [place.stage]
-        tokens = state.text[state.active, : state.committed[0]]
+        tokens = state.text.tokens[state.active, : state.committed[0]]
         features = {index: torch.cat(parts, dim=1) for index, parts in found.items()}
         features[0] = self.parts.record_at(state.target, tokens, 0).hidden
         self.rewind(-1)
@@ -246,7 +246,7 @@ class _Worker:
     """One row on a rank that does not control."""
 
     def __init__(self, state: DecodingState, ranks: Ranks, row: int, cache: SpeculativeCache) -> None:
-        state.begin([row], ModelRunner(state.model, cache, state.longest), frozenset())
+        state.activate([row], ModelRunner(state.model, cache, state.longest), frozenset())
         self.state, self.ranks, self.place = state, ranks, _Place(state, ranks)
         self.stage = cast(Stage, self.place.stage)
         self.inbound: torch.Tensor | None = None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
 from ....kernels.address import Address
-from ...models.adapters import Adapter, check_model, describe, load_once, write_adapter
+from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, Recording, Rows, run_layer
 from ...models.surgery import place_layer
 from ...models.vocabulary import InsideHead, ReducedHead
@@ -186,26 +186,18 @@ def load_exit_heads(model: PreTrainedModel, name_or_path: str) -> ExitHeads:
     Raises:
         ValueError: for heads of another model, or tensors that are not what their record says.
     """
+    return load_adapter(model, _HEADS, name_or_path)
 
-    def build(adapter: Adapter) -> ExitHeads:
-        record, tensors, where = adapter.record, adapter.tensors, f"The adapter in {adapter.place}"
-        missing = {"head", "layers", "rank", "model"} - set(record)
-        if missing:
-            raise ValueError(f"{where} has a record without {', '.join(sorted(missing))}.")
-        check_model(model, record["model"], adapter.folder, "model")
-        vocabulary = tensors.pop("vocabulary", None)
-        if vocabulary is not None:
-            vocabulary = vocabulary.long()
-        heads = ExitHeads(model, record["layers"], record["head"], vocabulary, record["rank"], record)
-        expected = {name: tuple(value.shape) for name, value in heads.own.named_parameters()}
-        if {name: tuple(value.shape) for name, value in tensors.items()} != expected:
-            raise ValueError(f"{where} does not hold the tensors of {record['head']!r} heads of {record['layers']}.")
-        heads.own.load_state_dict(tensors, strict=False)  # buffers, if a layer has some, are as the model's
-        return heads.eval().requires_grad_(False)
 
-    weight = cast(torch.Tensor, model.get_output_embeddings().weight)
-    # the model may have been moved or cast since they were loaded
-    return load_once(model, KIND, name_or_path, build).to(device=weight.device, dtype=weight.dtype)
+def _build(model: PreTrainedModel, adapter: Adapter) -> ExitHeads:
+    record = adapter.record
+    heads = ExitHeads(model, record["layers"], record["head"], adapter.take_vocabulary(), record["rank"], record)
+    own = dict(heads.own.named_parameters())
+    adapter.fill(heads.own, own, f"the tensors of {record['head']!r} heads of {record['layers']}")
+    return heads.eval().requires_grad_(False)
+
+
+_HEADS = AdapterKind(KIND, _build, needs=("head", "layers", "rank"), model="model", moves=True)
 
 
 class _BlockText:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -64,6 +65,9 @@ class SpecBoundConfig(SpeculationConfig):
 
     strategy = "specbound"
 
+    _replaced = {"compile": "layers are run one by one, so nothing can be compiled"}
+
+    compile: ClassVar[None] = None  # type: ignore[misc]
     num_assistant_tokens: int = 6
     alpha: float | None = None
     tau: float = 0.8
@@ -177,7 +181,7 @@ class SpecBoundStrategy(SpeculationStrategy):
         self.reader = ExitReader(self.heads, self.parts, state.windows[-1], state.longest)
         if seen:
             state.contexts.enter_context(speculative_attention(self.heads))
-            tokens = state.text[state.active, first : state.committed[0]]
+            tokens = state.text.tokens[state.active, first : state.committed[0]]
             inputs = self.parts.norm(seen.pop(self.depth))
             self.reader.start(seen, inputs, self.parts.record_at(state.target, tokens, first))
         self.lag = state.target.device.type == "cuda" if self.config.lag is None else self.config.lag
@@ -272,14 +276,14 @@ class SpecBoundStrategy(SpeculationStrategy):
         """Judge the drafts losslessly."""
         result = super().accept(state, draft, target)
         row = state.active[0]
-        self.judged = row, state.columns[row], result.accepted[0]
+        self.judged = row, state.text.columns[row], result.accepted[0]
         self._report(state)
         return result
 
     def _settle(self, state: DecodingState) -> None:
         """Count what was accepted in the last round, now that nothing can be cut from it any more."""
         row, before, accepted = self.judged
-        self.accepted.update(self.guessed[: min(accepted, state.columns[row] - before)])
+        self.accepted.update(self.guessed[: min(accepted, state.text.columns[row] - before)])
 
     def _report(self, state: DecodingState) -> None:
         state.stats.method.update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from transformers.utils import logging
 
@@ -83,6 +84,9 @@ class ViaSDConfig(SpeculationConfig):
 
     strategy = "via_sd"
 
+    _replaced = {"compile": "the slim verifier runs parts of the model, so nothing can be compiled"}
+
+    compile: ClassVar[None] = None  # type: ignore[misc]
     num_assistant_tokens_schedule: str = "constant"
     draft_stop: float = 0.0
     drafter: SpeculationConfig | str | None = None

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
-from ....registry import preset
-from ...drafting import NoDrafter, chosen_drafter
+from ...drafting import NoDrafter, chosen_drafter, drafter_name
 from ...runner import Forward
 from ...state import DecodingState
 from ...strategy import Drafter, SpeculationStrategy, StepResult
@@ -65,14 +64,11 @@ class ViaSDStrategy(SpeculationStrategy):
         config, chosen = self.config, self.config.drafter
         if chosen == "slim":
             return SlimDrafter(config, NoDrafter())
-        if isinstance(chosen, str):
-            chosen = preset(chosen)
         inner = chosen_drafter(chosen, self.assistant_model, config, config.draft_stop)
         if config.tiered and inner.needs_target_pass_every_round:
-            name = chosen.strategy if chosen is not None else "assisted"
             raise ValueError(
-                f"`drafter={name!r}` learns from every pass of the model, and mode='lossy' leaves passes out; use it "
-                "with mode='lossless', or another drafter."
+                f"`drafter={drafter_name(chosen)!r}` learns from every pass of the model, and mode='lossy' leaves "
+                "passes out; use it with mode='lossless', or another drafter."
             )
         return SlimDrafter(config, inner)
 
@@ -82,7 +78,6 @@ class ViaSDStrategy(SpeculationStrategy):
         self.tiers = None
         if self.config.tiered:
             self.tiers = Tiers(self.config, self.drafter, state)
-            state.followers.append(self.tiers)
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the prompts through all tiers."""
@@ -101,11 +96,11 @@ class ViaSDStrategy(SpeculationStrategy):
         if self.tiers is not None:
             self.tiers.commit(state, kept)
 
-    def clean_length(self, state: DecodingState, layer_idx: int, slot: int) -> int:
+    def clean_length(self, state: DecodingState, layer_idx: int, row: int) -> int:
         """Return what the model has read: behind it lie the slim verifier's states, in some layers."""
-        text = super().clean_length(state, layer_idx, slot)
+        text = super().clean_length(state, layer_idx, row)
         # a criterion may have cut the text since
-        return text if self.tiers is None else min(self.tiers.read[slot], text)
+        return text if self.tiers is None else min(self.tiers.read[row], text)
 
     def close(self, state: DecodingState) -> None:
         """Report the tiers."""

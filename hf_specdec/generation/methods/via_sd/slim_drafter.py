@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -190,40 +192,42 @@ class SlimDrafter(Drafter):
     def propose(self, state: DecodingState) -> Draft:
         """Gather candidates block by block, each row until it has enough or the model should judge."""
         config, method = self.config, state.stats.method
-        before = [state.columns[row] for row in state.active]
         rooms = state.draft_room(config.stage_len + config.num_assistant_tokens)
-        found: list[list[int]] = [[] for _ in before]
-        distributions: list[list[torch.Tensor]] = [[] for _ in before]
+        found: list[list[int]] = [[] for _ in rooms]
+        distributions: list[list[torch.Tensor]] = [[] for _ in rooms]
         going = [room > 0 for room in rooms]
         method["stages"] += 1
-        while any(going):
-            draft = self.inner.propose(state)
-            draft.counts = [count if goes else 0 for count, goes in zip(draft.counts, going, strict=True)]
-            if config.lossless_rule != "exact" and not max(draft.counts):
-                break
-            block = self._block(state, draft)
-            ends = state.is_eos(block.tokens).tolist()
-            for slot, row in enumerate(state.active):
-                if not going[slot]:
-                    continue
-                count = min(block.counts[slot], rooms[slot] - len(found[slot]))
-                end = next((place + 1 for place in range(count) if ends[slot][place]), None)
-                whole = count == block.counts[slot] and end is None
-                count = count if end is None else end
-                new = block.tokens[slot, :count].tolist()
-                if block.distributions is not None:  # with prefilter, a dropped draft leaves its distribution
-                    distributions[slot] += block.distributions[slot, : count + (whole and block.dropped[slot])]
-                found[slot] += new
-                state.write({row: new})  # as if emitted, so that what drafts and reads next sees it
-                method["drafter_tokens"] += draft.counts[slot]
-                method["drafter_kept"] += min(block.kept[slot], count)
-                unsure = count > 0 and block.confidence[slot][count - 1] < config.stage_stop_conf
-                short = len(found[slot]) < min(config.stage_len, rooms[slot])
-                going[slot] = whole and count > 0 and short and not unsure and not block.closed[slot]
-            self._commit(state)
-            self.reschedule(draft.counts, block.kept)
-        for row, column in zip(state.active, before, strict=True):
-            state.cut(row, column)  # nothing stays before the model has judged it
+        with ExitStack() as stage:  # no candidate stays in the text before the model has judged it
+            while any(going):
+                draft = self.inner.propose(state)
+                counts = [count if goes else 0 for count, goes in zip(draft.counts, going, strict=True)]
+                draft = replace(draft, counts=counts)
+                if config.lossless_rule != "exact" and not max(draft.counts):
+                    break
+                block = self._block(state, draft)
+                ends = state.is_eos(block.tokens).tolist()
+                written: dict[int, list[int]] = {}
+                for slot, row in enumerate(state.active):
+                    if not going[slot]:
+                        continue
+                    count = min(block.counts[slot], rooms[slot] - len(found[slot]))
+                    end = next((place + 1 for place in range(count) if ends[slot][place]), None)
+                    whole = count == block.counts[slot] and end is None
+                    count = count if end is None else end
+                    new = block.tokens[slot, :count].tolist()
+                    if block.distributions is not None:  # with prefilter, a dropped draft leaves its distribution
+                        distributions[slot] += block.distributions[slot, : count + (whole and block.dropped[slot])]
+                    found[slot] += new
+                    written[row] = new
+                    method["drafter_tokens"] += draft.counts[slot]
+                    method["drafter_kept"] += min(block.kept[slot], count)
+                    unsure = count > 0 and block.confidence[slot][count - 1] < config.stage_stop_conf
+                    short = len(found[slot]) < min(config.stage_len, rooms[slot])
+                    going[slot] = whole and count > 0 and short and not unsure and not block.closed[slot]
+                # what drafts and reads next sees them as if they had been emitted
+                stage.enter_context(state.text.speculated(written))
+                self._commit(state)
+                self.reschedule(draft.counts, block.kept)
         method["candidates"] += sum(map(len, found))
         rows = [torch.tensor(tokens, dtype=torch.int64, device=state.device) for tokens in found]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -238,7 +242,7 @@ class SlimDrafter(Drafter):
         tokens, k = draft.tokens, draft.tokens.shape[1]
         logits = self.slim.read(state, tokens)
         scores = state.process(logits, tokens)
-        counts = torch.tensor(draft.counts, device=tokens.device)
+        counts = draft.counts_on_device
         s = state.distribution(scores) if state.do_sample else None
         log_ratio, confidence = laws.slim_ratio(logits)
         if self.config.lossless_rule == "exact":

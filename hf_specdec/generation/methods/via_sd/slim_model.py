@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ....configuration import SpeculationConfig
 from ... import admission
-from ...models.adapters import Adapter, check_model, describe, load_once, read_tensors, write_record
+from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_tensors, write_record
 from ...models.layerwise import Proxy, exchanged
 from ...models.surgery import decoder_layers
 from .config import GRANULARITIES
@@ -317,19 +317,21 @@ def load_slim(model: PreTrainedModel, name_or_path: str) -> Slim:
     Raises:
         ValueError: for a mask of another model, or an adapter of another mask.
     """
+    return load_adapter(model, _SLIM, name_or_path)
 
-    def build(adapter: Adapter) -> Slim:
-        record, lora = adapter.record, adapter.record.get("lora")
-        check_model(model, record["target"], adapter.folder, "model")
-        keep, granularity = record["keep_mask"], record["granularity"]
-        if lora is None:
-            return Slim(granularity, keep, record["calibration"])
-        if lora["mask_hash"] != mask_hash(keep, granularity):
-            raise ValueError(
-                f"The adapter in {adapter.place} was trained for another mask (hash {lora['mask_hash']}) than "
-                f"the one beside it ({mask_hash(keep, granularity)})."
-            )
-        terms = read_terms(adapter.folder / LORA_FOLDER, model)
-        return Slim(granularity, keep, record["calibration"], terms, lora["trained_cache_mode"])
 
-    return load_once(model, KIND, name_or_path, build)
+def _build(model: PreTrainedModel, adapter: Adapter) -> Slim:
+    record, lora = adapter.record, adapter.record.get("lora")
+    keep, granularity = record["keep_mask"], record["granularity"]
+    if lora is None:
+        return Slim(granularity, keep, record["calibration"])
+    if lora["mask_hash"] != mask_hash(keep, granularity):
+        raise ValueError(
+            f"The adapter in {adapter.place} was trained for another mask (hash {lora['mask_hash']}) than "
+            f"the one beside it ({mask_hash(keep, granularity)})."
+        )
+    terms = read_terms(adapter.reference.folder / LORA_FOLDER, model)
+    return Slim(granularity, keep, record["calibration"], terms, lora["trained_cache_mode"])
+
+
+_SLIM = AdapterKind(KIND, _build, needs=("keep_mask", "granularity", "calibration"), model="target")

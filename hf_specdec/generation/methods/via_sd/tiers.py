@@ -62,7 +62,7 @@ class Tiers:
         state (`DecodingState`): the call.
 
     Attributes:
-        read (`list[int]`): per slot, tokens that the model has read.
+        read (`dict[int, int]`): per row, tokens that the model has read.
         decided (`list[_Decided]`): per slot, what the last round decided.
     """
 
@@ -72,15 +72,15 @@ class Tiers:
         self.rounds, self.whole, self.missed = 0, True, 0.0
         self.letters = [""] * state.batch
         self.audit = _Audit()
-        self.read: list[int] = []
+        self.read: dict[int, int] = {}
         self.decided: list[_Decided] = []
-        # per slot: what was emitted since the model's last pass, with the probability that it was emitted by
-        self.unread: list[list[tuple[int, float]]] = [[] for _ in state.active]
+        # per row: what was emitted since the model's last pass, with the probability that it was emitted by
+        self.unread: dict[int, list[tuple[int, float]]] = {row: [] for row in state.active}
         state.stats.method.update(tiered_rounds=0, strict_rounds=0, forced_rounds=0, escalations=0)
 
     def begin(self, state: DecodingState) -> None:
         """Note that the model has read the prompts, and gives each row's first token."""
-        self.read = [count - 1 for count in state.committed]
+        self.read = {row: count - 1 for row, count in zip(state.active, state.committed, strict=True)}
         self.decided = [_Decided(tiers="Q") for _ in state.active]
 
     def step(self, state: DecodingState) -> StepResult:
@@ -110,7 +110,7 @@ class Tiers:
         limit = self.config.max_pending
         strict = math.floor((number + 1) * share + 1e-9) > math.floor(number * share + 1e-9)
         forced = limit is not None and any(
-            count - 1 - read >= limit for count, read in zip(state.committed, self.read, strict=False)
+            count - 1 - self.read[row] >= limit for row, count in zip(state.active, state.committed, strict=True)
         )
         method["tiered_rounds" if not (strict or forced) else "strict_rounds" if strict else "forced_rounds"] += 1
         return strict or forced
@@ -183,7 +183,7 @@ class Tiers:
         )
         p = draft.distributions if draft.distributions is not None else point_masses(tokens, distribution.shape[-1])
         both = laws.coupled_distribution(p, distribution[:, :k], every)
-        counts = torch.tensor(draft.counts, device=tokens.device)
+        counts = draft.counts_on_device
         verdict = acceptance.speculative_sample(tokens, counts, torch.cat([both, distribution[:, k:]], dim=1), p)
         refused = torch.arange(k, device=tokens.device) >= verdict.accepted[:, None]
         instead = torch.cat([torch.where(refused, verdict.tokens[:, :k], redrawn[:, :k]), redrawn[:, k:]], dim=1)
@@ -192,15 +192,16 @@ class Tiers:
     def _escalate(self, state: DecodingState, draft: Draft, tier: str) -> Forward:
         """Run the model over all that it has not read and the drafts in question; let it decide those."""
         rows, tokens = self.decided, draft.tokens
-        back = [count - 1 - read for count, read in zip(state.committed, self.read, strict=False)]
+        read = [self.read[row] for row in state.active]
+        back = [count - 1 - known for count, known in zip(state.committed, read, strict=True)]
         fed = []
         for slot, row in enumerate(rows):
             own = tokens[slot, row.escalate : draft.counts[slot]] if row.escalate is not None else tokens[slot, :0]
             new = torch.tensor(row.tokens, dtype=torch.int64, device=state.device)
-            text = state.text[state.active[slot], self.read[slot] : state.committed[slot]]
+            text = state.text.tokens[state.active[slot], read[slot] : state.committed[slot]]
             fed.append(torch.cat([text, new, own]))
         block = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True)
-        output = state.forward(block, self.read[: len(rows)])
+        output = state.forward(block, read)
         scores = state.process(output.logits, block[:, 1:], back)
         if self.config.audit:
             self._audit(state, scores)
@@ -230,7 +231,7 @@ class Tiers:
     def _audit(self, state: DecodingState, scores: torch.Tensor) -> None:
         """Compare what the tiers emitted since the model's last pass, and in this round, with its own choices."""
         for slot, row in enumerate(self.decided):
-            seen = self.unread[slot] + list(zip(row.tokens, row.shares, strict=True))
+            seen = self.unread[state.active[slot]] + list(zip(row.tokens, row.shares, strict=True))
             if not seen:
                 continue
             distribution = scores[slot, : len(seen)].float().log_softmax(dim=-1).clamp(min=_LEAST)
@@ -281,23 +282,18 @@ class Tiers:
 
     def commit(self, state: DecodingState, kept: list[int]) -> None:
         """Note who decided what was emitted, and how far the model has read."""
-        for slot, (row, count) in enumerate(zip(self.decided, kept, strict=True)):
-            self.letters[state.active[slot]] += row.tiers[:count]
+        for row, decided, count, length in zip(state.active, self.decided, kept, state.committed, strict=True):
+            self.letters[row] += decided.tiers[:count]
             if self.whole:
-                self.read[slot], self.unread[slot] = state.committed[slot] - 1, []
+                self.read[row], self.unread[row] = length - 1, []
             else:
-                self.unread[slot] += list(zip(row.tokens, row.shares, strict=True))[:count]
-        state.target.cache.set_lengths(self.read[: len(kept)])
-
-    def swap(self, i: int, j: int) -> None:
-        """Exchange the slots i and j."""
-        self.read[i], self.read[j] = self.read[j], self.read[i]
-        self.unread[i], self.unread[j] = self.unread[j], self.unread[i]
+                self.unread[row] += list(zip(decided.tokens, decided.shares, strict=True))[:count]
+        state.target.cache.set_lengths([self.read[row] for row in state.active])
 
     def report(self, state: DecodingState) -> None:
         """Add to the statistics who decided what, and what the audit found."""
         given = state.prompt.ids.shape[1]
-        final = [letters[: column - given] for letters, column in zip(self.letters, state.columns, strict=True)]
+        final = [letters[: column - given] for letters, column in zip(self.letters, state.text.columns, strict=True)]
         counts = Counter("".join(final))
         state.stats.method.update(
             tier_ids=final, tiers={tier: counts[tier] for tier in "ABCSQ"}, audit=self.audit.to_dict()

@@ -1,0 +1,1 @@
+"""Measuring one GPU in a few minutes: `python -m hf_specdec.bench.gpu --out FOLDER`."""
