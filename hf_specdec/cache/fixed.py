@@ -28,7 +28,7 @@ class FixedView(ChosenView):
     Attributes:
         layers (`list[int]`): the layers that it covers.
         metrics (`torch.Tensor` of shape `[layers, rows, (h_kv,) S]`): their scores in the last target forward.
-        places (`torch.Tensor` of shape `[2, rows]`, int64, *optional*): columns that rows write, and where what they
+        numbers (`torch.Tensor` of shape `[2, rows]`, int64, *optional*): columns that rows write, and where what they
             read ends.
     """
 
@@ -38,7 +38,7 @@ class FixedView(ChosenView):
         super().__init__(cache, selector, recents)
         self.layers = [index for index, covered in enumerate(self.covered) if covered]
         self.metrics = torch.empty(0)
-        self.places: torch.Tensor | None = None  # made when the first scores come
+        self.numbers: torch.Tensor | None = None  # made when the first scores come
 
     def take(
         self, layer_idx: int, metric: torch.Tensor, address: Address, keys: torch.Tensor, values: torch.Tensor
@@ -55,10 +55,10 @@ class FixedView(ChosenView):
 
     def _settle(self, device: torch.device) -> torch.Tensor:
         """Return the columns that rows write and the ends of what they read, made on `device` the first time."""
-        if self.places is None:
+        if self.numbers is None:
             last = self.selected + self.recents - 1
-            self.places = torch.tensor([[last], [last + 1]], device=device).repeat(1, self.buffers.rows)
-        return self.places
+            self.numbers = torch.tensor([[last], [last + 1]], device=device).repeat(1, self.buffers.rows)
+        return self.numbers
 
     def finish(self, address: Address) -> None:
         """Choose for all layers at once, and copy what was chosen."""
@@ -70,8 +70,8 @@ class FixedView(ChosenView):
     def place(self, positions: Sequence[int]) -> None:
         """Say at which position each row's next draft token stands; rows that are idle write the last column."""
         super().place(positions)
-        if self.places is not None:
-            self.places[:, : len(positions)].copy_(upload([self.columns, self.ends], self.places.device))
+        if self.numbers is not None:
+            self.numbers[:, : len(positions)].copy_(upload([self.columns, self.ends], self.numbers.device))
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one draft token's states `[n, h_kv, 1, d]` and return the whole buffers, `[n, h_kv, w, d]`."""

@@ -86,9 +86,9 @@ class ChosenView:
                 slots[layer_idx] = torch.cat([chosen, recent], dim=-1)
         self.buffers.fill(slots, waiting)
 
-    def fresh(self, row: int, position: int) -> bool:
-        """Whether active row `row` may draft from `position` on: the last forward before it made the selection."""
-        return 0 < self.valid[row] <= position and position - self.valid[row] <= self.recents // 2
+    def fresh(self, index: int, position: int) -> bool:
+        """Whether active row `index` may draft from `position` on: the last forward before it made the selection."""
+        return 0 < self.valid[index] <= position and position - self.valid[index] <= self.recents // 2
 
     def place(self, positions: Sequence[int]) -> None:
         """Say at which position each active row's next draft token stands; its column follows.

@@ -248,8 +248,8 @@ class InductorRunner(FixedWidthRunner):
         self.entry.step, step.windows = step, self.windows
         inputs = self.inputs(tokens, step)
         padding = (0, width - m, 0, self.cache.rows - n)
-        ids, places = (torch.nn.functional.pad(inputs[name], padding) for name in ("input_ids", "position_ids"))
-        logits, states = self.compiled(ids, places, EmptyCache(self.cache.windows), self.entry.number, hidden)
+        ids, positions = (torch.nn.functional.pad(inputs[name], padding) for name in ("input_ids", "position_ids"))
+        logits, states = self.compiled(ids, positions, EmptyCache(self.cache.windows), self.entry.number, hidden)
         return Forward(logits[:n, :m], None if states is None else states[:n, :m])
 
     def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> None:

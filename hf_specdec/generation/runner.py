@@ -108,7 +108,7 @@ class ModelRunner:
         }
 
     def prefill(self, tokens: torch.Tensor, cached: int, chunk: int | None) -> None:
-        """Fill slots of every row with the model's own attention, which must be active.
+        """Fill the storage of every row with the model's own attention, which must be active.
 
         Args:
             tokens (`torch.Tensor` of shape `[n, m]`, int64): left-aligned ids; what follows a row's end is overwritten
@@ -142,7 +142,7 @@ class ModelRunner:
         width = max(end - first for first, end in zip(firsts, ends, strict=True))
         for shift in range(0, width, chunk):
             m = min(chunk, width - shift)
-            # a row that is done feeds its last tokens again, at their own places
+            # a row that is done feeds its last tokens again, at their own positions
             starts = [max(0, min(first + shift, end - m)) for first, end in zip(firsts, ends, strict=True)]
             index = torch.tensor(starts, device=text.device)[:, None] + torch.arange(m, device=text.device)
             self.forward(text.gather(1, index), starts)

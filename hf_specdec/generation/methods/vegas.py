@@ -101,6 +101,20 @@ class VegasConfig(SpeculationConfig):
         return min(count, valid)
 
 
+_warned: set[int] = set()
+
+
+def _warn_of_plain_steps(longest: int, least: int) -> None:
+    """Say that nothing is drafted yet, once per process and `min_context` whatever the contexts are."""
+    if least not in _warned:
+        _warned.add(least)
+        logger.warning(
+            f"The longest context has {longest} tokens, and Vegas drafts from `min_context={least}` on: until then it "
+            "takes plain steps. To draft earlier, lower `min_context`; `hf-specdec calibrate vegas` measures the "
+            "value from which drafts pay on this device."
+        )
+
+
 class VegasDrafter(Drafter):
     """Drafts with the target itself, over a `SparseView` of its cache."""
 
@@ -132,6 +146,8 @@ class VegasDrafter(Drafter):
                 f"{type(state.model).__name__} has sliding-window layers only: Vegas has nothing to leave out, so "
                 "the call takes plain steps."
             )
+        elif max(state.committed) < config.min_context:
+            _warn_of_plain_steps(max(state.committed), config.min_context)
         state.followers.append(self.view)
         state.stats.method.update(plain_rows=0, selections=0, mean_kv_budget=0.0)
 
@@ -145,8 +161,8 @@ class VegasDrafter(Drafter):
         room = state.draft_room(self.config.num_assistant_tokens)
         # a row drafts if it is long enough and the last forward has chosen for it
         counts = [
-            count if length >= self.config.min_context and view.fresh(slot, length - 1) else 0
-            for slot, (count, length) in enumerate(zip(room, committed, strict=True))
+            count if length >= self.config.min_context and view.fresh(index, length - 1) else 0
+            for index, (count, length) in enumerate(zip(room, committed, strict=True))
         ]
         state.stats.method["plain_rows"] += sum(
             not count and left > 0 for count, left in zip(counts, room, strict=True)
