@@ -14,7 +14,7 @@ import torch
 from ..kernels.address import Address, upload
 from ..kernels.request import SideRange
 from .selection import FixedSelector
-from .sparse import ChosenView, hidden_columns
+from .sparse import ChosenView
 from .speculative import SpeculativeCache
 
 
@@ -28,8 +28,7 @@ class FixedView(ChosenView):
     Attributes:
         layers (`list[int]`): the layers that it covers.
         metrics (`torch.Tensor` of shape `[layers, rows, (h_kv,) S]`): their scores in the last target forward.
-        numbers (`torch.Tensor` of shape `[2, rows]`, int64, *optional*): columns that rows write, and where what they
-            read ends.
+        numbers (`torch.Tensor` of shape `[2, rows]`, int64): columns that rows write, and where what they read ends.
     """
 
     selector: FixedSelector
@@ -38,7 +37,8 @@ class FixedView(ChosenView):
         super().__init__(cache, selector, recents)
         self.layers = [index for index, covered in enumerate(self.covered) if covered]
         self.metrics = torch.empty(0)
-        self.numbers: torch.Tensor | None = None  # made when the first scores come
+        last, device = self.selected + recents - 1, selector.numbers.device
+        self.numbers = torch.tensor([[last], [last + 1]], device=device).repeat(1, cache.rows)
 
     def take(
         self, layer_idx: int, metric: torch.Tensor, address: Address, keys: torch.Tensor, values: torch.Tensor
@@ -46,19 +46,11 @@ class FixedView(ChosenView):
         """Keep the layer's scores `[n, S]` (or `[n, h_kv, S]`) until every layer has run."""
         if layer_idx not in self.keys:
             self.buffers.allocate(layer_idx, (keys, values), self.selected + self.recents)
-        self._settle(keys.device)
         if self.metrics.shape[-1] != keys.shape[2]:
             shape = (len(self.layers), self.buffers.rows, *metric.shape[1:-1], keys.shape[2])
             self.metrics = metric.new_zeros(shape)
         self.metrics[self.layers.index(layer_idx), : address.rows, ..., : metric.shape[-1]] = metric
         self.waiting[layer_idx] = keys, values
-
-    def _settle(self, device: torch.device) -> torch.Tensor:
-        """Return the columns that rows write and the ends of what they read, made on `device` the first time."""
-        if self.numbers is None:
-            last = self.selected + self.recents - 1
-            self.numbers = torch.tensor([[last], [last + 1]], device=device).repeat(1, self.buffers.rows)
-        return self.numbers
 
     def finish(self, address: Address) -> None:
         """Choose for all layers at once, and copy what was chosen."""
@@ -70,27 +62,20 @@ class FixedView(ChosenView):
     def place(self, positions: Sequence[int]) -> None:
         """Say at which position each row's next draft token stands; rows that are idle write the last column."""
         super().place(positions)
-        if self.numbers is not None:
-            self.numbers[:, : len(positions)].copy_(upload([self.columns, self.ends], self.numbers.device))
+        self.numbers[:, : len(positions)].copy_(upload([self.columns, self.ends], self.numbers.device))
 
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one draft token's states `[n, h_kv, 1, d]` and return the whole buffers, `[n, h_kv, w, d]`."""
         n = keys.shape[0]
-        rows, columns = torch.arange(n, device=keys.device), self._settle(keys.device)[0, :n]
+        rows, columns = torch.arange(n, device=keys.device), self.numbers[0, :n]
         sides = self.keys[layer_idx], self.values[layer_idx]
         for side, states in zip(sides, (keys, values), strict=True):
             side[rows, :, columns] = states[:, :, 0]
         return sides[0][:n], sides[1][:n]
 
     def reads(self, device: torch.device) -> SideRange:
-        """Return what each row reads, as numbers."""
-        return SideRange(self.selector.settle(device)[1], self._settle(device)[1], self.selected)
-
-    def bias(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Return -inf for columns that a row does not read, `[rows, 1, 1, w]`."""
-        counts, ends, selected = self.reads(device)
-        columns = torch.arange(selected + self.recents, device=device)
-        return hidden_columns(columns, counts[:, None], ends[:, None], selected, dtype)
+        """Return what each row reads."""
+        return SideRange(self.selector.numbers[1], self.numbers[1], self.selected)
 
     def swap(self, i: int, j: int) -> None:
         """Exchange the active rows i and j."""

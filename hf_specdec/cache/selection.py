@@ -114,27 +114,29 @@ class FixedSelector(Selector):
     """A selector of fixed shapes, whose numbers live on the device, so that a captured forward can run it.
 
     Args:
-        longest (`int`): tokens that a row can have at most; the other arguments as for `Selector`.
+        rows, budget: as for `Selector`, and so are all that are not named here.
+        longest (`int`): tokens that a row can have at most.
+        device (`torch.device`): where the model is.
 
     Attributes:
-        numbers (`torch.Tensor` of shape `[2, rows]`, int64, *optional*): `valid` and `counts`; made by `settle`.
+        numbers (`torch.Tensor` of shape `[2, rows]`, int64): `valid` and `counts`.
     """
 
-    def __init__(self, rows: int, budget: Callable[[int, int], int], *others: Any, longest: int, **rules: Any) -> None:
+    def __init__(
+        self,
+        rows: int,
+        budget: Callable[[int, int], int],
+        *others: Any,
+        longest: int,
+        device: torch.device,
+        **rules: Any,
+    ) -> None:
         super().__init__(rows, budget, *others, **rules)
         self.selected = self._most = budget(longest, longest)
-        self.numbers: torch.Tensor | None = None
-
-    def settle(self, device: torch.device) -> torch.Tensor:
-        """Return the numbers, made on `device` if they don't exist yet."""
-        if self.numbers is None:
-            self.numbers = torch.zeros(2, len(self.valid), dtype=torch.int64, device=device)
-            self._send()
-        return self.numbers
+        self.numbers = torch.zeros(2, rows, dtype=torch.int64, device=device)
 
     def _send(self) -> None:
-        if self.numbers is not None:
-            self.numbers[:, : len(self.valid)].copy_(upload([self.valid, self.counts], self.numbers.device))
+        self.numbers[:, : len(self.valid)].copy_(upload([self.valid, self.counts], self.numbers.device))
 
     def begin(self, starts: Sequence[int], last: Sequence[int]) -> None:
         """Prepare for a target forward."""
@@ -145,7 +147,7 @@ class FixedSelector(Selector):
     def choose(self, metric: torch.Tensor) -> torch.Tensor:
         """Return the positions of all layers by `metric` `[layers, n, (h_kv,) S]`, sorted by falling score."""
         n, device = metric.shape[1], metric.device
-        valid, counts = (line[:n, None] for line in self.settle(device))
+        valid, counts = self.numbers[:, :n, None]
         heads = [1] * (metric.dim() - 3)
         if self.by_position:
             columns = torch.arange(self.selected, device=device)

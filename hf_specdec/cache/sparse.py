@@ -105,8 +105,9 @@ class ChosenView:
         """Exchange the active rows i and j."""
         self.selector.swap(i, j)
         self.buffers.swap(i, j)
-        for chosen in self.chosen.values():
+        for layer_idx, chosen in self.chosen.items():
             if max(i, j) < len(chosen):
+                self.chosen[layer_idx] = chosen = chosen.contiguous()  # one list may stand for all key heads
                 exchange(chosen, i, j)
 
     def shrink(self, rows: int) -> None:
@@ -183,26 +184,9 @@ class SparseView(ChosenView):
         return rows, columns
 
     @once
-    def bias(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return -inf for columns that a row does not read, `[n, 1, 1, w]`; `None` if all rows read all."""
-        n, end = len(self.ends), max(self.ends)
-        if min(self.ends) == end and min(self.counts[:n]) == self.selected:
-            return None
-        columns = torch.arange(end)
-        counts, ends = (torch.tensor(values)[:, None] for values in (self.counts[:n], self.ends))
-        return hidden_columns(columns, counts, ends, self.selected, dtype).to(device)
-
-    @once
     def reads(self, device: torch.device) -> SideRange:
-        """Return what each row reads, as numbers."""
-        counts, ends = upload([self.counts[: len(self.ends)], self.ends], device)
-        return SideRange(counts, ends, self.selected)
-
-
-def hidden_columns(
-    columns: torch.Tensor, counts: torch.Tensor, ends: torch.Tensor, selected: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return -inf for those of `columns` `[w]` that a row does not read, `[n, 1, 1, w]`; `counts`, `ends` `[n, 1]`."""
-    read = (columns < counts) | ((columns >= selected) & (columns < ends))
-    bias = torch.zeros(read.shape, dtype=dtype, device=read.device).masked_fill_(~read, -torch.inf)
-    return bias[:, None, None]
+        """Return what each row reads."""
+        chosen = self.counts[: len(self.ends)]
+        whole = min(chosen) == self.selected and min(self.ends) == max(self.ends)
+        counts, ends = upload([chosen, self.ends], device)
+        return SideRange(counts, ends, self.selected, whole)

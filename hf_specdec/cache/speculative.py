@@ -120,6 +120,7 @@ class SpeculativeCache(Cache):
         kernels (`str`, *optional*, defaults to `"auto"`): what attends; see `kernels.choice`.
 
     Attributes:
+        own (`list[SpeculativeLayer]`): the layers whose storage grows with the text; all of them.
         step (`Step`, *optional*): what the forward in progress does.
         exact_slices (`bool`): `update` returns only slots in use. Stock attention reads all that it gets, so a prefill
             sets it; the package's own attention takes the whole storage and masks it, which is faster.
@@ -129,14 +130,14 @@ class SpeculativeCache(Cache):
 
     def __init__(self, windows: Sequence[int | None], rows: int, capacity: int, kernels: str = "auto") -> None:
         super().__init__(layers=[SpeculativeLayer(rows, capacity, window) for window in windows])
-        self.rows = rows
+        self.rows, self.own = rows, self.layers
         self.step: Step | None = None
         self.exact_slices = False
         self.kernels = kernels
 
     def begin(self, address: Address, request: ForwardRequest = TOKENS_ONLY) -> Step:
         """Prepare for a forward, growing the storage where needed, and return its step."""
-        for layer in self.layers:
+        for layer in self.own:
             layer.reserve(address.high)
         return self.attach(address, request)
 

@@ -10,9 +10,6 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from ..kernels.address import Address
-from ..kernels.request import TOKENS_ONLY, ForwardRequest
-from ..kernels.step import Step
 from .speculative import SpeculativeCache
 
 
@@ -29,12 +26,6 @@ class StageCache(SpeculativeCache):
         Cache.__init__(self, layers=[*whole.layers])
         self.rows, self.step, self.exact_slices, self.kernels = whole.rows, None, False, whole.kernels
         self.own = whole.layers[first:end]
-
-    def begin(self, address: Address, request: ForwardRequest = TOKENS_ONLY) -> Step:
-        """Prepare for a forward, growing the stage's storage where needed, and return its step."""
-        for layer in self.own:
-            layer.reserve(address.high)
-        return self.attach(address, request)
 
     @property
     def length(self) -> int:

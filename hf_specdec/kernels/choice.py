@@ -138,4 +138,5 @@ def _attend_side(
         from . import fused
 
         return fused.side_attention(query, key, value, step.side_range(view, query.device), rules)
-    return explicit.side_attention(query, key, value, step.side_bias(view, query.device, query.dtype), rules)
+    bias = step.side_bias(view, key.shape[2], query.device, query.dtype)
+    return explicit.side_attention(query, key, value, bias, rules)

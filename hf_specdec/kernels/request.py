@@ -81,11 +81,13 @@ class SideRange(NamedTuple):
         counts (`torch.Tensor` of shape `[n]`, int64): end of the first range.
         ends (`torch.Tensor` of shape `[n]`, int64): end of the second.
         selected (`int`): where the second begins.
+        whole (`bool`): whether all rows are known to read all columns.
     """
 
     counts: torch.Tensor
     ends: torch.Tensor
     selected: int
+    whole: bool = False
 
 
 class DraftView(Protocol):
@@ -97,11 +99,8 @@ class DraftView(Protocol):
     def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store one draft token's keys and values and return those that it attends to."""
 
-    def bias(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return a mask to add to the scores of what `append` returned, `[n, 1, 1, w]`; `None` if all of it counts."""
-
     def reads(self, device: torch.device) -> SideRange:
-        """Return the same as `bias`, as numbers per row."""
+        """Return which columns of what `append` returned each row reads, in any layer."""
 
 
 class ScoreSink(Protocol):

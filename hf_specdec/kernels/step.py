@@ -32,16 +32,19 @@ class Step:
 
     @once
     def side_range(self, view: DraftView, device: torch.device) -> SideRange:
-        """Return what each row reads of `view` in any layer, as numbers."""
-        n = self.address.rows
-        counts, ends, selected = view.reads(device)
-        return SideRange(counts[:n], ends[:n], selected)
+        """Return what each active row reads of `view` in any layer."""
+        reads, n = view.reads(device), self.address.rows
+        return reads._replace(counts=reads.counts[:n], ends=reads.ends[:n])
 
     @once
-    def side_bias(self, view: DraftView, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return the same as a mask to add to the scores, `[n, 1, 1, w]`; `None` if all rows read all."""
-        bias = view.bias(device, dtype)
-        return None if bias is None else bias[: self.address.rows]
+    def side_bias(self, view: DraftView, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the same as a mask to add to scores `[n, h_q, 1, width]`; `None` if all rows read all columns."""
+        counts, ends, selected, whole = self.side_range(view, device)
+        if whole:
+            return None
+        columns = torch.arange(width, device=device)
+        read = (columns < counts[:, None]) | ((columns >= selected) & (columns < ends[:, None]))
+        return torch.zeros(read.shape, dtype=dtype, device=device).masked_fill_(~read, -torch.inf)[:, None, None]
 
     @once
     def joined(self, dim: int, *parts: torch.Tensor) -> torch.Tensor:

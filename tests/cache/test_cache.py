@@ -290,13 +290,13 @@ def target_forward(cache, view, starts, tags, last=None, generator=None):
 def draft_forward(cache, view, positions, tags):
     """One draft forward; returns per covered layer and row the tags that are read."""
     view.place(positions)
-    cache.begin(Address(positions, 1), ForwardRequest(view=view))
+    step = cache.begin(Address(positions, 1), ForwardRequest(view=view))
     read = {}
     for index in range(len(cache.layers)):
         keys, values = cache.update(states(tags), states(tags, offset=0.5), index)
         if not view.covers(index):
             continue
-        bias = view.bias(CPU, torch.float64)
+        bias = step.side_bias(view, keys.shape[2], CPU, torch.float64)
         shown = torch.ones(len(positions), keys.shape[2], dtype=torch.bool) if bias is None else bias[:, 0, 0] == 0
         assert keys.isfinite().all() and values.isfinite().all()
         assert torch.equal(values.transpose(1, 2)[shown], keys.transpose(1, 2)[shown] + 0.5)
@@ -382,6 +382,41 @@ def test_swap_moves_a_rows_choice():
     after = draft_forward(cache, view, [9, 6], torch.tensor([[3009], [2006]]))  # the third row is finished
     for index in after:
         assert after[index] == [before[index][2], before[index][1]]
+
+
+@pytest.mark.parametrize(
+    "options", [{"budget": lambda keys, valid: valid}, {"by_position": True}], ids=["all", "window"]
+)
+def test_swap_of_a_list_that_all_key_heads_share(options):
+    cache, view = view_of(2, 2, request=ScoreRequest(per_head=True), **options)
+    feed(cache, [0, 0], torch.zeros(2, 20))
+    target_forward(cache, view, [19, 19], torch.zeros(2, 1))
+    chosen = {index: lists.clone() for index, lists in view.chosen.items()}
+    view.swap(0, 1)
+    for index, lists in view.chosen.items():
+        assert torch.equal(lists, chosen[index][[1, 0]])
+
+
+def test_shrink_forgets_rows_that_have_finished():
+    cache, view = view_of(3, 2)
+    tags = torch.arange(12).view(1, 12) + 1000 * torch.arange(1, 4)[:, None]
+    feed(cache, [0, 0, 0], tags)
+    starts = [11, 5, 8]
+    target_forward(cache, view, starts, tags.gather(1, torch.tensor(starts)[:, None]))
+    before = draft_forward(cache, view, [12, 6, 9], torch.tensor([[1012], [2006], [3009]]))
+    for follower in (cache, view):
+        follower.swap(0, 2)
+        follower.shrink(2)
+    assert view.valid == [9, 6] and len(view.counts) == 2
+    assert {len(chosen) for chosen in view.chosen.values()} == {2}
+    after = draft_forward(cache, view, [9, 6], torch.tensor([[3009], [2006]]))
+    for index in after:
+        assert after[index] == [before[index][2], before[index][1]]
+    target_forward(cache, view, [9, 6], torch.tensor([[3009], [2006]]))  # the next round needs no other rows
+    assert view.valid == [10, 7]
+    for follower in (cache, view):
+        follower.shrink(0)
+    assert not view.valid
 
 
 def test_buffers_grow_with_the_budget():

@@ -67,7 +67,7 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
         layer.lazy_initialization(like, like)
         layer.keys.normal_()
         layer.values.normal_()
-    selector = FixedSelector(rows, VegasConfig(min_tokens=16).budget, SCORED, longest=longest)
+    selector = FixedSelector(rows, VegasConfig(min_tokens=16).budget, SCORED, longest=longest, device=run.device)
     view = FixedView(cache, selector, 2 * QUERIES - 1)
     runner = make_runner(mode, model, cache, longest, widths=[1, QUERIES])
     tokens = torch.randint(config.vocab_size, (rows, QUERIES), device=run.device)

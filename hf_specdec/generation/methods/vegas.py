@@ -135,7 +135,8 @@ class VegasDrafter(Drafter):
         rules: Any = {"sinks": sinks, "newest": config.num_recent, "by_position": config.selection == "window"}
         cache, recents, rows = state.target.cache, 2 * config.num_assistant_tokens + 1, len(state.active)
         if state.target.fixed:  # selection is a part of the captured verification, and not timed apart
-            selector = FixedSelector(rows, config.budget, request, longest=state.longest, **rules)
+            rules |= {"longest": state.longest, "device": state.target.device}
+            selector = FixedSelector(rows, config.budget, request, **rules)
             self.view = FixedView(cache, selector, recents)
         else:
             stats, device = state.stats, state.device  # not the state: it holds the view
