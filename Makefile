@@ -16,25 +16,29 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 CONSTRAIN := $(if $(TORCH),,-c constraints.txt)
 VERSIONS := python=$(PYTHON) torch=$(TORCH) transformers=$(TRANSFORMERS)
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 SOURCES := hf_specdec $(wildcard tests examples docs)
 
 # $(call install,EXTRA): the package with one of its extras, editable
 install = $(PIP) $(CONSTRAIN) -e '.[$(1)]' $(if $(TRANSFORMERS),'transformers$(TRANSFORMERS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu docs quality style clean FORCE
+.PHONY: help demo test test-all gpu docs quality style clean FORCE
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
 
 demo: $(VENV)/.demo $(VENV)/.smollm2  ## answer a question about a long text, and compare with stock generate()
 	$(BIN)/hf-specdec demo $(ARGS)
 
-test: $(VENV)/.test $(VENV)/.smollm2  ## run the tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal $(ARGS)
+test: $(VENV)/.test  ## run the tests that find most mistakes, in minutes
+	$(PYTEST) -m 'not full' $(ARGS)
+
+test-all: $(VENV)/.test $(VENV)/.smollm2  ## run all tests; with ARGS='-m full' only those that `make test` leaves out
+	$(PYTEST) $(ARGS)
 
 gpu: $(VENV)/.test $(VENV)/.smollm2  ## on a machine with a GPU: the kernels' tests, then measurements into gpu-results/
-	$(BIN)/python -m pytest -m gpu -n 4 --dist worksteal
+	$(BIN)/python -m pytest -m native -n 4 --dist worksteal
 	$(BIN)/python -m hf_specdec.bench.gpu --out gpu-results $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/, and fail on anything broken

@@ -104,13 +104,13 @@ def timed(run: Run, device: torch.device, repeats: int | None = None, cold: bool
     flush = torch.ones(_FLUSHED // 4 if cold else 1, dtype=torch.float32, device=device)
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     with torch.cuda.device(device):
-        for begin, end in pairs:
+        for before, after in pairs:
             flush.amax()
-            begin.record()
+            before.record()
             run()
-            end.record()
+            after.record()
         torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in pairs)
+    return statistics.median(before.elapsed_time(after) for before, after in pairs)
 
 
 def copy_bandwidth(device: torch.device, size: int | None = None) -> float:

@@ -95,22 +95,21 @@ class ProcessorChain:
         columns: list[int],
         drafts: torch.Tensor,
     ) -> torch.Tensor:
-        places: dict[int, list[tuple[int, int]]] = {}
-        for i, start in enumerate(columns):
-            for j in range(scores.shape[1]):
-                places.setdefault(start + j, []).append((i, j))
-        width = max(places)
+        m, device = scores.shape[1], scores.device
+        starts = torch.tensor(columns)[:, None]
+        places, entries = (starts + torch.arange(m)).flatten().sort(stable=True)  # on the host, where rows are known
+        width = int(places[-1])
         text = ids.new_zeros(ids.shape[0], width)
         text[:, : min(width, ids.shape[1])] = ids[:, :width]
-        for i, row in enumerate(rows):
-            drafted = drafts[i, : scores.shape[1] - 1]
-            text[row, columns[i] : columns[i] + len(drafted)] = drafted
-        result = torch.empty_like(scores)
-        for t, pairs in places.items():
+        drafted = (torch.tensor(rows)[:, None] * width + starts + torch.arange(m - 1)).to(device)
+        text.view(-1)[drafted] = drafts[:, : m - 1]
+        lengths, counts = places.unique_consecutive(return_counts=True)
+        owners = torch.tensor(rows)[entries // m]
+        real = [set(part.tolist()) for part in owners.split(counts.tolist())]
+        flat, result = scores.flatten(0, 1), torch.empty_like(scores)
+        parts = torch.stack([entries, owners]).to(device).split(counts.tolist(), dim=1)
+        for t, present, (entry, row) in zip(lengths.tolist(), real, parts, strict=True):
             batch = scores.new_zeros(ids.shape[0], scores.shape[-1])
-            for i, j in pairs:
-                batch[rows[i]] = scores[i, j]
-            batch = _compat.for_rows(processor, {rows[i] for i, _ in pairs})(text[:, :t], batch)
-            for i, j in pairs:
-                result[i, j] = batch[rows[i]]
+            batch[row] = flat[entry]
+            result.view_as(flat)[entry] = _compat.for_rows(processor, present)(text[:, :t], batch)[row]
         return result

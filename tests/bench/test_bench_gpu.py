@@ -34,6 +34,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_every_stage_can_be_rehearsed_on_a_cpu(tmp_path):
     """As the command of a process of its own, in which Triton interprets its kernels."""

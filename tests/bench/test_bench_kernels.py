@@ -155,6 +155,7 @@ def test_shapes_of_equal_attention_are_measured_once():
     assert len(cases) == len(set(cases))
 
 
+@pytest.mark.full
 def test_triton_rows_by_the_interpreter():
     """The calls fit the kernels; how fast they are, a CPU can't tell."""
     pytest.importorskip("triton")
@@ -413,6 +414,7 @@ def test_cuda_is_asked_for_where_there_is_none(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.native
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_static_arm_compiles_on_cuda():
     made = [make_arm(name, None) for name in steps.default_arms(torch.device("cuda"))]
@@ -426,6 +428,7 @@ def test_the_static_arm_compiles_on_cuda():
 
 
 @pytest.mark.gpu
+@pytest.mark.native
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_kernels_are_near_the_reference_on_cuda():
     device = torch.device("cuda")

@@ -1,4 +1,9 @@
-"""What the contract's tests share: presets and families, and what stock gives, made once for all presets."""
+"""What the contract's tests share: who meets which test, and what stock gives, made once for all.
+
+A *base* strategy meets every test: three families in `make test`, the others in `make test-all`. A preset differs from
+its base in one setting, so it meets the tests that such a setting can break, all of them in `make test-all`: text and
+caches in three families, and once its distribution, stops, a processor, statistics, a second turn and an exception.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +12,46 @@ import functools
 import pytest
 import torch
 from families import NAMES, family
+from tiers import FULL, SOME
 
 from hf_specdec import on_speculation
 from hf_specdec.registry import presets
 
 
-PRESETS = presets()
-every_preset = pytest.mark.parametrize("strategy", PRESETS)
-# families that differ in what matters away from the attention itself: plain, hybrid windows, learned positions
-SOME = ["llama", "gemma3", "gpt2"]
+BASES = [name for name in presets() if ":" not in name]
+VARIANTS = [name for name in presets() if ":" in name]
 some_families = pytest.mark.parametrize("name", SOME)
-every_family = pytest.mark.parametrize("name", NAMES)
+every_base = pytest.mark.parametrize("strategy", BASES)
+every_preset = pytest.mark.parametrize("strategy", [*BASES, *(pytest.param(name, marks=FULL) for name in VARIANTS)])
+every_preset_and_some_families = pytest.mark.parametrize(
+    "strategy, name",
+    [(base, name) for base in BASES for name in SOME] + [pytest.param(name, SOME[0], marks=FULL) for name in VARIANTS],
+)
+
+
+def in_families(strategies):
+    """Parametrize by strategy and family: a base meets all families, three of them in `make test`; a preset three."""
+    cases = [
+        pytest.param(strategy, name, marks=[] if strategy in BASES and name in SOME else FULL)
+        for strategy in strategies
+        for name in (NAMES if strategy in BASES else SOME)
+    ]
+    return pytest.mark.parametrize("strategy, name", cases)
+
+
+def alternating(names, *parts, variants=()):
+    """Parametrize such that base strategies take turns: the i-th one meets the i-th of the parts that follow.
+
+    So each strategy meets each single value, and each combination of values is met by some strategy.
+
+    Args:
+        names (`str`): arguments of the test after `strategy`, with commas between them.
+        parts (`list[tuple]`): values of these.
+        variants (`list[tuple]`): values that every preset meets.
+    """
+    cases = [(base, *values) for place, base in enumerate(BASES) for values in parts[place % len(parts)]]
+    cases += [pytest.param(variant, *values, marks=FULL) for variant in VARIANTS for values in variants]
+    return pytest.mark.parametrize(f"strategy, {names}", cases)
 
 
 # what stock gives, once for all presets

@@ -6,9 +6,10 @@ import functools
 
 import pytest
 import torch
-from contract_cases import check_statistics, counted, every_preset, some_families, stock_text, stock_tokens
+from contract_cases import alternating, check_statistics, counted, every_base, stock_text, stock_tokens
 from families import family, letter, tokenizer
 from streams import Streamer
+from tiers import SOME
 from transformers import (
     LogitsProcessor,
     StoppingCriteria,
@@ -100,7 +101,7 @@ def stock_processed(rows, processor):
     return family("llama").stock(**processed(rows, processor))
 
 
-@every_preset
+@every_base
 @pytest.mark.parametrize("rows", [1, 4])
 def test_num_return_sequences(strategy, rows, llama):
     torch.manual_seed(3)
@@ -113,7 +114,7 @@ def test_num_return_sequences(strategy, rows, llama):
     assert len(out.speculation.accept_lengths) == 3 * rows
 
 
-@every_preset
+@every_base
 def test_sampling_follows_the_seed(strategy, llama):
     def sample(seed):
         torch.manual_seed(seed)
@@ -123,9 +124,9 @@ def test_sampling_follows_the_seed(strategy, llama):
     assert not torch.equal(sample(1), sample(2))
 
 
-@every_preset
-@some_families
-@pytest.mark.parametrize("chunk", [1, 4, 64])
+@alternating(
+    "name, chunk", *(list(zip(SOME, (1, 4, 64)[turn:] + (1, 4, 64)[:turn], strict=True)) for turn in range(3))
+)
 def test_prefill_chunk_size(strategy, name, chunk):
     model = family(name)
     expected = stock_tokens(name, 4, 8)
@@ -136,7 +137,7 @@ def test_prefill_chunk_size(strategy, name, chunk):
 # streams and stops
 
 
-@every_preset
+@every_base
 @pytest.mark.parametrize("new", [1, 2, 30])
 def test_streamer_sees_each_returned_token_once(strategy, new, llama):
     kwargs = {**llama.one, "max_new_tokens": new, "eos_token_id": llama.eos}
@@ -149,7 +150,7 @@ def test_streamer_sees_each_returned_token_once(strategy, new, llama):
     assert ours.ended == 1
 
 
-@every_preset
+@every_base
 def test_streamer_of_a_batch_gets_columns(strategy, llama):
     if not strategy_class(strategy.partition(":")[0]).batched:
         pytest.skip("decodes rows in turn, and refuses a streamer")
@@ -163,9 +164,7 @@ def test_streamer_of_a_batch_gets_columns(strategy, llama):
     assert ours.ended == 1
 
 
-@every_preset
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("with_eos", [False, True])
+@alternating("rows, with_eos", [(1, False), (4, True)], [(1, True), (4, False)], variants=[(4, True)])
 def test_custom_criterion_cuts_at_the_exact_token(strategy, rows, with_eos, llama):
     for token in stock_text("llama", rows)[-1].unique().tolist()[:5]:
         stop = Stop(token, 2)
@@ -181,7 +180,7 @@ def test_custom_criterion_cuts_at_the_exact_token(strategy, rows, with_eos, llam
         check_statistics(out, stats, llama, rows, exact_rows=rows == 1)
 
 
-@every_preset
+@every_base
 @pytest.mark.parametrize("rows", [1, 4])
 def test_stop_strings(strategy, rows, llama):
     text = stock_text("llama", rows)
@@ -198,14 +197,14 @@ def test_stop_strings(strategy, rows, llama):
         assert torch.equal(llama.ours(strategy, **kwargs, tokens=5), expected), strings
 
 
-@every_preset
+@every_base
 def test_max_time_stops_after_the_first_token(strategy, llama):
     out = llama.ours(strategy, **llama.one, max_new_tokens=30, max_time=1e-9)
     assert torch.equal(out, llama.stock(**llama.one, max_new_tokens=30, max_time=1e-9))
     assert out.shape[1] == llama.ids.shape[1] + 1
 
 
-@every_preset
+@every_base
 def test_criterion_sees_scores_where_they_are_collected(strategy, llama):
     class Sees(StoppingCriteria):
         def __init__(self):
@@ -226,8 +225,11 @@ def test_criterion_sees_scores_where_they_are_collected(strategy, llama):
 # processors
 
 
-@every_preset
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_processors_under_greedy_equal_stock(strategy, rows, processor, llama):
+@alternating(
+    "processor, rows",
+    [(name, (1, 4)[place % 2]) for place, name in enumerate(PROCESSORS)],
+    [(name, (4, 1)[place % 2]) for place, name in enumerate(PROCESSORS)],
+    variants=[("logits_processor", 4)],
+)
+def test_processors_under_greedy_equal_stock(strategy, processor, rows, llama):
     assert torch.equal(llama.ours(strategy, **processed(rows, processor)), stock_processed(rows, processor))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 
 import families
 import pytest
 import torch
-from contract_cases import every_preset, some_families, stock_tokens
+from contract_cases import alternating, every_base, every_preset_and_some_families, stock_tokens
 from families import extras, family, generate, tokenizer
 from transformers import (
     LogitsProcessor,
@@ -22,6 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_specdec.generation.models.surgery import decoder_layers
 from hf_specdec.registry import strategy_class
+
+
+PARTS = ["processor", "criterion", "streamer", "forward", "assistant", "commit"]
 
 
 class Fails:
@@ -80,54 +84,70 @@ def snapshot(model):
     }
 
 
-@every_preset
-@some_families
+@functools.cache
+def first_snapshots(name):
+    """Return what `family(name)` was before the first test that asked."""
+    return snapshot(family(name).model), snapshot(family(name).assistant)
+
+
+def check_as_before(name):
+    before, assistant = first_snapshots(name)
+    assert snapshot(family(name).model) == before
+    assert snapshot(family(name).assistant) == assistant
+
+
+@every_preset_and_some_families
 def test_the_model_is_as_before_after_success(strategy, name):
+    first_snapshots(name)
     model = family(name)
-    before, assistant = snapshot(model.model), snapshot(model.assistant)
     model.ours(strategy, **model.batch, max_new_tokens=12)
     model.ours(strategy, **model.one, max_new_tokens=12, do_sample=True)
-    assert snapshot(model.model) == before
-    assert snapshot(model.assistant) == assistant
+    check_as_before(name)
 
 
-@every_preset
-@pytest.mark.parametrize("what", ["processor", "criterion", "streamer", "forward", "assistant", "commit"])
-@pytest.mark.parametrize("at", [0, 1, 2, 5])
-def test_the_model_is_as_before_after_an_exception(strategy, what, at, llama, monkeypatch):
-    cls = strategy_class(strategy.partition(":")[0])
-    if what == "assistant" and not extras(strategy, llama.assistant):
-        pytest.skip("has no assistant")
-    before, assistant = snapshot(llama.model), snapshot(llama.assistant)
-    kwargs, hook, fails = {}, None, Fails(at)
+def failing_call(what, at, cls, llama, patch):
+    """Let a part of the next call raise at its n-th use, and return the keywords that the call needs for it."""
+    fails = Fails(at)
     if what == "processor":
-        kwargs["logits_processor"] = LogitsProcessorList([FailingProcessor(at)])
-    elif what == "criterion":
-        kwargs["stopping_criteria"] = StoppingCriteriaList([FailingCriterion(at)])
-    elif what == "streamer":
-        kwargs["streamer"] = FailingStreamer(at)
-    elif what == "commit":
+        return {"logits_processor": LogitsProcessorList([FailingProcessor(at)])}
+    if what == "criterion":
+        return {"stopping_criteria": StoppingCriteriaList([FailingCriterion(at)])}
+    if what == "streamer":
+        return {"streamer": FailingStreamer(at)}
+    if what == "commit":
         original = cls.commit
 
         def commit(self, state, kept):
             fails.tick()
             original(self, state, kept)
 
-        monkeypatch.setattr(cls, "commit", commit)
+        patch.setattr(cls, "commit", commit)
     else:
-        target = llama.model if what == "forward" else llama.assistant
-        hook = decoder_layers(target)[-1].register_forward_pre_hook(lambda *_: fails.tick())
-    try:
-        with pytest.raises(KeyError, match="on purpose"):
-            llama.ours(strategy, **llama.one, max_new_tokens=30, **kwargs)
-    finally:
-        if hook is not None:
-            hook.remove()
-    monkeypatch.undo()
-    assert snapshot(llama.model) == before
-    assert snapshot(llama.assistant) == assistant
+        layer = decoder_layers(llama.model if what == "forward" else llama.assistant)[-1]
+        original = layer.forward
+
+        def forward(*args, **kwargs):
+            fails.tick()
+            return original(*args, **kwargs)
+
+        patch.setattr(layer, "forward", forward)
+    return {}
+
+
+@alternating("what", [(what,) for what in PARTS], variants=[("commit",)])
+def test_the_model_is_as_before_after_an_exception(strategy, what, llama):
+    if what == "assistant" and not extras(strategy, llama.assistant):
+        pytest.skip("has no assistant")
+    first_snapshots("llama")
     expected = stock_tokens("llama", 1, 12)
-    assert torch.equal(llama.ours(strategy, **llama.one, max_new_tokens=12, eos_token_id=llama.eos), expected)
+    for at in (0, 1, 2, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            kwargs = failing_call(what, at, strategy_class(strategy.partition(":")[0]), llama, patch)
+            with pytest.raises(KeyError, match="on purpose"):
+                llama.ours(strategy, **llama.one, max_new_tokens=30, **kwargs)
+        check_as_before("llama")
+        ours = llama.ours(strategy, **llama.one, max_new_tokens=12, eos_token_id=llama.eos)
+        assert torch.equal(ours, expected), f"after an exception at {at}"
 
 
 # several at once, copies, adapters, pipelines
@@ -156,7 +176,7 @@ def in_threads(*calls):
     return results
 
 
-@every_preset
+@every_base
 def test_two_threads_with_two_models(strategy, llama):
     other = family("gemma3")
     results = in_threads(
@@ -167,8 +187,7 @@ def test_two_threads_with_two_models(strategy, llama):
         assert torch.equal(out, model.stock(**model.batch, max_new_tokens=12))
 
 
-@every_preset
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@alternating("attention", [("sdpa",)], [("eager",)])
 def test_two_threads_with_models_that_share_a_config(strategy, attention, llama):
     """One generates under the strategy while the other decodes stock, and while it does so too."""
     model = copy.deepcopy(llama.model)
@@ -194,7 +213,7 @@ def test_two_threads_with_models_that_share_a_config(strategy, attention, llama)
     assert type(model.config._attn_implementation) is str
 
 
-@every_preset
+@every_base
 def test_deepcopy_and_pickle_after_a_call(strategy, llama):
     model = copy.deepcopy(llama.model)
     generate(model, strategy, **llama.one, assistant=llama.assistant, max_new_tokens=6)
@@ -208,7 +227,7 @@ def test_deepcopy_and_pickle_after_a_call(strategy, llama):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@every_preset
+@every_base
 def test_peft_lora_model(strategy, llama):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -220,7 +239,7 @@ def test_peft_lora_model(strategy, llama):
     assert torch.equal(out, expected)
 
 
-@every_preset
+@every_base
 def test_pipeline(strategy, llama):
     pipe = pipeline("text-generation", model=llama.model, tokenizer=tokenizer(), device="cpu")
     texts = ["Hello", "you"]

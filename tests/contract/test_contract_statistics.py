@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
-from contract_cases import check_statistics, counted, every_preset, new_tokens
+from contract_cases import alternating, check_statistics, counted, every_base, every_preset, new_tokens
 
 from hf_specdec.generation.models.surgery import decoder_layers
 from hf_specdec.generation.strategy import SpeculationStrategy
 from hf_specdec.registry import strategy_class
 
 
-@every_preset
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("new", [1, 2, 40])
-@pytest.mark.parametrize("sample", [False, True])
+@alternating(
+    "rows, new, sample",
+    [(1, 40, False), (4, 40, True), (4, 1, False), (1, 2, True)],
+    [(1, 40, True), (4, 40, False), (1, 1, True), (4, 2, False)],
+    variants=[(4, 40, True)],
+)
 def test_statistics_add_up(strategy, rows, new, sample, llama):
     out, stats = counted(llama, strategy, **llama.inputs(rows), max_new_tokens=new, do_sample=sample)
     check_statistics(out, stats, llama, rows)
 
 
-@every_preset
+@every_base
 def test_statistics_count_up_to_eos(strategy, llama):
     out, stats = counted(llama, strategy, **llama.batch, max_new_tokens=40, eos_token_id=llama.eos, tokens=5)
     check_statistics(out, stats, llama, 4, exact_rows=False)

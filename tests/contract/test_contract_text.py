@@ -7,12 +7,21 @@ import functools
 import families
 import pytest
 import torch
-from contract_cases import PRESETS, every_family, every_preset, new_tokens, some_families, stock_text, stock_tokens
+from contract_cases import (
+    BASES,
+    VARIANTS,
+    every_base,
+    every_preset_and_some_families,
+    in_families,
+    new_tokens,
+    some_families,
+    stock_text,
+    stock_tokens,
+)
 from families import NAMES, family
 
 
-LOSSLESS = [name for name in PRESETS if families.configured(name).lossless]
-lossless_preset = pytest.mark.parametrize("strategy", LOSSLESS)
+LOSSLESS = [name for name in [*BASES, *VARIANTS] if families.configured(name).lossless]
 
 
 def scored(model):
@@ -30,8 +39,7 @@ def stock_scores(name):
 # tokens
 
 
-@every_family
-@lossless_preset
+@in_families(LOSSLESS)
 @pytest.mark.parametrize("rows, tokens", [(1, 3), (4, 5)])
 def test_greedy_ids_equal_stock(strategy, name, rows, tokens):
     model = family(name)
@@ -56,8 +64,7 @@ def test_the_families_try_something(name):
     assert 0 < per_pos[-1] <= per_pos[0] < out.speculation.num_drafts
 
 
-@every_preset
-@some_families
+@every_preset_and_some_families
 def test_eos_inside_a_draft_and_eos_lists(strategy, name):
     model, text = family(name), stock_text(name, 4)
     # tokens of the text as EOS in turn meet every place of a draft, and every other one stands in a list
@@ -68,20 +75,20 @@ def test_eos_inside_a_draft_and_eos_lists(strategy, name):
         assert torch.equal(out, stock_tokens(name, 4, 24, *ends)), eos
 
 
-@every_preset
+@every_base
 def test_prompt_of_one_token(strategy, llama):
     ids = torch.tensor([[5]])
     expected = llama.stock(ids, max_new_tokens=12)
     assert torch.equal(llama.ours(strategy, ids, max_new_tokens=12), expected)
 
 
-@every_preset
+@every_base
 def test_max_length_instead_of_max_new_tokens(strategy, llama):
     expected = llama.stock(**llama.batch, max_length=31)
     assert torch.equal(llama.ours(strategy, **llama.batch, max_length=31), expected)
 
 
-@every_preset
+@every_base
 def test_positional_arguments(strategy, llama):
     expected = llama.stock(llama.ids[:1], max_new_tokens=9)
     assert torch.equal(llama.ours(strategy, llama.ids[:1], max_new_tokens=9), expected)
@@ -90,7 +97,7 @@ def test_positional_arguments(strategy, llama):
 # what comes beside the tokens
 
 
-@every_preset
+@every_base
 @some_families
 def test_scores_and_logits_equal_stock(strategy, name):
     model = family(name)
@@ -104,7 +111,7 @@ def test_scores_and_logits_equal_stock(strategy, name):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, c=column, f=field: f"{f} {c}: {m}")
 
 
-@every_preset
+@every_base
 def test_return_dict_on_and_off(strategy, llama):
     kwargs = {**llama.batch, "max_new_tokens": 9}
     out = llama.ours(strategy, **kwargs, return_dict_in_generate=True)

@@ -7,19 +7,13 @@ import functools
 import families
 import pytest
 import torch
-from contract_cases import PRESETS, SOME, every_family, every_preset, grown, new_tokens, some_families, stock_tokens
-from families import NAMES, SLIDING, family
+from contract_cases import BASES, VARIANTS, every_base, grown, in_families, new_tokens, some_families, stock_tokens
+from families import SLIDING, family
 from transformers import (
     DynamicCache,
 )
 
 from hf_specdec.registry import strategy_class
-
-
-# what comes back is cut from the cache that is checked after every round in all families; so further presets meet some
-every_strategy_and_family = pytest.mark.parametrize(
-    "strategy, name", [(preset, name) for preset in PRESETS for name in (SOME if ":" in preset else NAMES)]
-)
 
 
 # calls that are made under stock and under every preset
@@ -72,7 +66,7 @@ def same_cache(cache, expected, mask, tolerance):
             torch.testing.assert_close(a * real, torch.where(real, b, 0), rtol=0, atol=tolerance)
 
 
-@every_strategy_and_family
+@in_families(BASES)
 def test_returned_cache_equals_stock(strategy, name):
     model = family(name)
     expected, out = stock_caches(name), model.ours(strategy, **with_cache(model))
@@ -81,7 +75,7 @@ def test_returned_cache_equals_stock(strategy, name):
     same_cache(out.past_key_values, expected.past_key_values, mask, 10 * model.tolerance)
 
 
-@every_strategy_and_family
+@in_families([*BASES, *VARIANTS])
 def test_second_turn_with_the_returned_cache(strategy, name):
     model = family(name)
     text, theirs = stock_turns(name)
@@ -94,7 +88,7 @@ def test_second_turn_with_the_returned_cache(strategy, name):
     same_cache(ours.past_key_values, theirs.past_key_values, mask, 100 * model.tolerance)
 
 
-@every_preset
+@every_base
 @some_families
 def test_a_cache_of_the_caller_is_updated_in_place_over_turns(strategy, name):
     model = family(name)
@@ -111,7 +105,7 @@ def test_a_cache_of_the_caller_is_updated_in_place_over_turns(strategy, name):
     same_cache(caches[1], caches[0], mask, 100 * model.tolerance)
 
 
-@every_preset
+@every_base
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_second_turn_over_a_cache_with_masked_columns_inside(strategy, name):
     """Rows that ended early are padded in the middle of the text; the next turn's mask leaves that out."""
@@ -131,7 +125,7 @@ def test_second_turn_over_a_cache_with_masked_columns_inside(strategy, name):
     assert torch.equal(ours, theirs)
 
 
-@every_preset
+@every_base
 def test_second_turn_from_a_cache_that_holds_all_but_one_token(strategy, llama):
     """The shortest legal continuation: nothing but the pending token is new."""
     first = {**llama.one, "max_new_tokens": 6, "return_dict_in_generate": True}
@@ -141,8 +135,7 @@ def test_second_turn_from_a_cache_that_holds_all_but_one_token(strategy, llama):
     assert torch.equal(ours, theirs)
 
 
-@every_preset
-@every_family
+@in_families([*BASES, *VARIANTS])
 def test_cache_after_every_round_equals_a_fresh_forward(strategy, name, monkeypatch):
     model, cls = family(name), strategy_class(strategy.partition(":")[0])
     original, seen, texts = cls.commit, [], {}

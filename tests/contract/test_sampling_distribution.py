@@ -8,7 +8,9 @@ import itertools
 import families
 import pytest
 import torch
+from contract_cases import BASES, VARIANTS
 from scipy import stats
+from tiers import FULL
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -18,13 +20,27 @@ from transformers.generation.logits_process import (
 )
 
 from hf_specdec.generation import acceptance
-from hf_specdec.registry import presets, strategy_class
+from hf_specdec.registry import strategy_class
 
 
 FALSE_ALARM = 1e-3
 SAMPLES, PER_CALL = 4000, 500
-LOSSLESS = [name for name in presets() if families.configured(name).lossless]
+MOST = ("repetition_penalty", 5, 4)  # four tokens, a processor of the prefix and a warper
+PLACES = [*((setting, 8, 3) for setting in ("custom", "temperature", "repetition_penalty", "top_k and top_p")), MOST]
+LOSSLESS = [name for name in [*BASES, *VARIANTS] if families.configured(name).lossless]
 TOGETHER = [name for name in LOSSLESS if strategy_class(name.partition(":")[0]).batched]
+
+
+def some_settings():
+    """Return who meets what: a base all settings, two of them in `make test`; a preset one."""
+    for turn, strategy in enumerate(TOGETHER):
+        if strategy in BASES:
+            for place, setting in enumerate(PLACES):
+                yield pytest.param(strategy, *setting, marks=[] if setting is MOST or place == turn % 4 else FULL)
+        else:
+            yield pytest.param(strategy, *MOST, marks=FULL)
+
+
 PROMPT = torch.tensor([[3, 1, 4, 1, 2, 0, 3, 3, 4, 2, 1, 0]])
 
 
@@ -115,10 +131,7 @@ def p_value(numbers, probabilities):
     return stats.chisquare(observed_cells, expected_cells, sum_check=False).pvalue
 
 
-@pytest.mark.parametrize("strategy", TOGETHER)
-@pytest.mark.parametrize(
-    "setting, vocab, length", [*((setting, 8, 3) for setting in SETTINGS), ("repetition_penalty", 5, 4)]
-)
+@pytest.mark.parametrize("strategy, setting, vocab, length", list(some_settings()))
 def test_sampled_sequences_follow_the_distribution(strategy, setting, vocab, length):
     numbers, accepted, drafted = sample(strategy, vocab, length, setting, seed=11)
     assert p_value(numbers, distribution(vocab, length, setting)) > FALSE_ALARM
@@ -126,7 +139,10 @@ def test_sampled_sequences_follow_the_distribution(strategy, setting, vocab, len
         assert 0 < accepted < drafted  # both outcomes of the rule were met
 
 
-@pytest.mark.parametrize("strategy", [name for name in LOSSLESS if name not in TOGETHER])
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(name, marks=[] if name in BASES else FULL) for name in LOSSLESS if name not in TOGETHER],
+)
 def test_sampled_sequences_of_rows_in_turn_follow_the_distribution(strategy):
     """One setting, fewer samples: each is decoded by itself. The methods' own files go through every random path."""
     numbers, accepted, drafted = sample(strategy, 5, 4, "repetition_penalty", seed=11, samples=1500)

@@ -51,6 +51,7 @@ def executed():
 
 
 @each
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_notebook_runs(executed, path):
     cells = code_cells(executed(path))
@@ -58,6 +59,7 @@ def test_a_notebook_runs(executed, path):
     assert not [out for cell in cells for out in cell.outputs if out.output_type == "error"]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_comparison_shows_every_strategy_that_needs_no_adapter(executed):
     path = next((path for path in NOTEBOOKS if path.stem == "compare_methods"), None)

@@ -27,7 +27,10 @@ TEMPLATE = (
 )
 QUESTIONS = ["What does the with statement do? The with statement", "And what does the for statement do?"]
 
-pytestmark = pytest.mark.skipif(not (EXAMPLES / "generate.py").is_file(), reason="without examples")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(not (EXAMPLES / "generate.py").is_file(), reason="without examples"),
+]
 
 
 @pytest.fixture(scope="module")

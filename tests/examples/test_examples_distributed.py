@@ -19,9 +19,12 @@ from families import ROOT, TINY
 SCRIPTS = ROOT / "examples" / "distributed"
 PROMPTS = 14
 
-pytestmark = pytest.mark.skipif(
-    not SCRIPTS.is_dir() or not torch.distributed.is_available(), reason="without examples or torch.distributed"
-)
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(
+        not SCRIPTS.is_dir() or not torch.distributed.is_available(), reason="without examples or torch.distributed"
+    ),
+]
 
 
 def start(script: str, processes: int, *arguments: str) -> subprocess.Popen:

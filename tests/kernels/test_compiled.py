@@ -8,11 +8,13 @@ it from the device, is as wrong there as in a graph.
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import families
 import pytest
 import torch
+from tiers import tiered
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_specdec import DiversedConfig, VegasConfig
@@ -38,6 +40,7 @@ COMPILED = (
     "vegas:per_key_head",
     "diversed",
 )
+BASES = [name for name in COMPILED if ":" not in name]
 
 register()
 
@@ -94,12 +97,14 @@ def generate(family, strategy, inputs, compile=None, **kwargs):
     return family.model.generate(**inputs, assistant_strategy=config, **extras, **kwargs)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("strategy", COMPILED)
+@pytest.mark.native
+@pytest.mark.parametrize("rows, strategy", tiered(itertools.product((4, 1), COMPILED), [(4, name) for name in BASES]))
 def test_captured_forwards_give_the_same_tokens(recorded, no_ties, llama, strategy, rows):
     check(recorded, llama, strategy, rows)
 
 
+@pytest.mark.full
+@pytest.mark.native
 @pytest.mark.parametrize("strategy", ["assisted", "vegas"])
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma2", "gemma3"])
 def test_captured_forwards_of_other_families(recorded, no_ties, name, strategy):
@@ -120,7 +125,7 @@ def check(recorded, family, strategy, rows):
         torch.testing.assert_close(layer.keys, other.keys, atol=family.tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("strategy", ["plain", "assisted", "vegas", "diversed:mixture"])
+@pytest.mark.parametrize("strategy", tiered(["plain", "assisted", "vegas", "diversed:mixture"], ["vegas"]))
 def test_rows_that_end_early_and_sampling(recorded, no_ties, llama, strategy):
     """Finished rows stay in the captured shape, idle; draws come in the same order."""
     for settings in ({"eos_token_id": llama.eos}, {"do_sample": True, "top_k": 20}):
@@ -309,7 +314,9 @@ def test_a_kernel_that_serves_some_forwards_only_says_so(caplog):
 # inductor
 
 
+@pytest.mark.full
 @pytest.mark.slow
+@pytest.mark.native
 @pytest.mark.parametrize("strategy", ["vegas", "diversed"])
 def test_compiled_forwards_give_the_same_tokens(llama, strategy):
     expected = generate(llama, strategy, llama.batch, eos_token_id=llama.eos)
@@ -320,7 +327,9 @@ def test_compiled_forwards_give_the_same_tokens(llama, strategy):
     assert ours == theirs
 
 
+@pytest.mark.full
 @pytest.mark.slow
+@pytest.mark.native
 def test_captured_compiled_forwards_give_the_same_tokens(monkeypatch, no_ties, llama):
     """Compiled code can't be traced, so that its forwards are run again with the numbers of a capture."""
     monkeypatch.setitem(programs.RECORDERS, "cpu", lambda device: rerun)
@@ -331,6 +340,7 @@ def test_captured_compiled_forwards_give_the_same_tokens(monkeypatch, no_ties, l
         assert found.speculation.to_dict() == expected.speculation.to_dict()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_weights_that_change_are_compiled_again(llama):
     """On CPU the weights are frozen into the code; a merged adapter writes to `.data`, which no version counts."""
@@ -358,6 +368,8 @@ def test_the_sum_of_weights_sees_any_change():
 # the Triton kernels inside generate()
 
 
+@pytest.mark.full
+@pytest.mark.native
 @pytest.mark.parametrize("mode", [None, "graphs"])
 @pytest.mark.parametrize("strategy", ["plain", "vegas", "vegas:per_key_head"])
 def test_triton_kernels_give_the_same_tokens(recorded, monkeypatch, strategy, mode):

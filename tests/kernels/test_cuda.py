@@ -13,6 +13,7 @@ from hf_specdec import on_speculation
 
 
 pytestmark = [
+    pytest.mark.native,
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]

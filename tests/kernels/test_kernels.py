@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import tiny_llama
+from looping import over
 from transformers import LlamaForCausalLM
 
 from hf_specdec import _compat
@@ -41,10 +42,10 @@ def expected(query, key, value, starts, **rules):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("starts", [[0], [1], [12], [37, 37], [5, 31, 18], [0, 40, 3]], ids=str)
-@pytest.mark.parametrize("m", [1, 2, 7, 16, 17])
-@pytest.mark.parametrize(("groups", "key_heads"), [(1, 3), (2, 2), (3, 3), (8, 1)])
+@over("dtype", [torch.float64, torch.float32])
+@over("starts", [[0], [1], [12], [37, 37], [5, 31, 18], [0, 40, 3]])
+@over("m", [1, 2, 7, 16, 17])
+@over("groups, key_heads", [(1, 3), (2, 2), (3, 3), (8, 1)])
 def test_full_attention(kernel, dtype, starts, m, groups, key_heads):
     query, key, value = inputs(
         starts, m, groups=groups, key_heads=key_heads, capacity=max(starts) + m + 3, dtype=dtype
@@ -55,9 +56,9 @@ def test_full_attention(kernel, dtype, starts, m, groups, key_heads):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("window", [1, 2, 5, 16, 100])
-@pytest.mark.parametrize("starts", [[0], [23], [0, 9, 30], [29, 30]], ids=str)
-@pytest.mark.parametrize("m", [1, 3, 9])
+@over("window", [1, 2, 5, 16, 100])
+@over("starts", [[0], [23], [0, 9, 30], [29, 30]])
+@over("m", [1, 3, 9])
 def test_sliding_window(kernel, window, starts, m):
     query, key, value = inputs(starts, m)
     output, _ = KERNELS[kernel](query, key, value, Address(starts, m), AttentionRules(0.4, window=window))
@@ -65,11 +66,11 @@ def test_sliding_window(kernel, window, starts, m):
     torch.testing.assert_close(output, wanted, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("starts", [[11], [3, 19]], ids=str)
-@pytest.mark.parametrize("m", [1, 4, 17])
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize(("softcap", "sinks"), [(2.0, False), (None, True), (2.0, True)])
-@pytest.mark.parametrize("groups", [1, 3])
+@over("starts", [[11], [3, 19]])
+@over("m", [1, 4, 17])
+@over("window", [None, 6])
+@over("softcap, sinks", [(2.0, False), (None, True), (2.0, True)])
+@over("groups", [1, 3])
 def test_softcap_and_sinks(starts, m, window, softcap, sinks, groups):
     query, key, value = inputs(starts, m, groups=groups)
     rules = {"scaling": 0.5, "window": window, "softcap": softcap}
@@ -78,7 +79,7 @@ def test_softcap_and_sinks(starts, m, window, softcap, sinks, groups):
     torch.testing.assert_close(output, expected(query, key, value, starts, **rules), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("rules", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}])
+@over("rules", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}])
 def test_packed_refuses_what_it_cannot_do(rules):
     query, key, value = inputs([3], 1)
     with pytest.raises(ValueError, match="soft-cap"):
@@ -86,8 +87,8 @@ def test_packed_refuses_what_it_cannot_do(rules):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("capacity", [20, 21, 33, 34, 400], ids="capacity{}".format)
-@pytest.mark.parametrize("starts", [[17], [2, 17]], ids=str)
+@over("capacity", [20, 21, 33, 34, 400])
+@over("starts", [[17], [2, 17]])
 def test_capacity_does_not_matter(kernel, capacity, starts):
     """Storage much larger than the text, about as large, and either side of the share from which all of it is read."""
     query, key, value = inputs(starts, 3, capacity=capacity)
@@ -120,7 +121,7 @@ def test_rows_do_not_disturb_each_other(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("m", [1, 6])
+@over("m", [1, 6])
 def test_bfloat16_error(kernel, m):
     """No worse than a small multiple of what stock's fused attention loses in bf16 on the same numbers."""
     starts = [200, 200]
@@ -137,13 +138,11 @@ def test_bfloat16_error(kernel, m):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("queries", ["first_last", "last", "all"])
-@pytest.mark.parametrize("metric", ["weight", "logit"])
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize(
-    ("starts", "last"), [([20], [4]), ([20], [2]), ([20], [0]), ([3, 20, 11], [4, 0, 2])], ids=str
-)
-@pytest.mark.parametrize(("groups", "key_heads"), [(1, 2), (2, 3), (4, 1)])
+@over("queries", ["first_last", "last", "all"])
+@over("metric", ["weight", "logit"])
+@over("per_head", [False, True])
+@over("starts, last", [([20], [4]), ([20], [2]), ([20], [0]), ([3, 20, 11], [4, 0, 2])])
+@over("groups, key_heads", [(1, 2), (2, 3), (4, 1)])
 def test_token_scores(kernel, queries, metric, per_head, starts, last, groups, key_heads):
     """Table rows 3, 5 and 16: the mean over query heads and chosen rows, in float64."""
     query, key, value = inputs(starts, 5, groups=groups, key_heads=key_heads, capacity=max(starts) + 6)
@@ -159,9 +158,9 @@ def test_token_scores(kernel, queries, metric, per_head, starts, last, groups, k
         torch.testing.assert_close(scores[row, ..., : start + 1], wanted[row, ..., : start + 1], atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("metric", ["weight", "logit"])
+@over("softcap", [None, 3.0])
+@over("with_sinks", [False, True])
+@over("metric", ["weight", "logit"])
 def test_token_scores_with_softcap_and_sinks(softcap, with_sinks, metric):
     starts, last = [4, 13], [3, 1]
     query, key, value = inputs(starts, 4, groups=2)
@@ -186,7 +185,7 @@ def test_token_scores_in_low_precision_are_float32(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("starts", [[13], [2, 13]], ids=str)
+@over("starts", [[13], [2, 13]])
 def test_row_15_weights_sum_to_one_over_what_a_query_sees(kernel, starts):
     """Per head and row; seen through values that are 1 on visible slots, and through the scores of one query."""
     query, key, value = inputs(starts, 3)
@@ -221,8 +220,8 @@ def test_reference_equals_a_loop_over_single_queries():
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("size", [1, 4, 5, 100])
-@pytest.mark.parametrize("window", [None, 6])
+@over("size", [1, 4, 5, 100])
+@over("window", [None, 6])
 def test_in_pieces(kernel, size, window):
     starts = [3, 21]
     query, key, value = inputs(starts, 13)
@@ -241,10 +240,10 @@ def test_in_pieces_takes_no_scores():
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize(("groups", "key_heads"), [(1, 2), (2, 2), (3, 3), (8, 1)])
-@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, False), (None, True), (2.0, True)])
-@pytest.mark.parametrize("masked", [False, True])
+@over("dtype", [torch.float64, torch.float32])
+@over("groups, key_heads", [(1, 2), (2, 2), (3, 3), (8, 1)])
+@over("softcap, sinks", [(None, False), (2.0, False), (None, True), (2.0, True)])
+@over("masked", [False, True])
 def test_side_attention(dtype, groups, key_heads, softcap, sinks, masked):
     n, width = 3, 11
     query, key, value = inputs([width - 1] * n, 1, groups=groups, key_heads=key_heads, dtype=dtype)
@@ -284,8 +283,8 @@ def test_address():
     assert Address([5, 5], 2).uniform
 
 
-@pytest.mark.parametrize("window", [None, 1, 3])
-@pytest.mark.parametrize("starts", [[4], [4, 4], [0, 6]], ids=str)
+@over("window", [None, 1, 3])
+@over("starts", [[4], [4, 4], [0, 6]])
 def test_hidden_positions(window, starts):
     hidden = Address(starts, 3).hidden(2, 9, window, CPU).expand(len(starts), -1, -1)
     for row, start in enumerate(starts):
@@ -449,8 +448,8 @@ def test_a_module_without_a_layer_index_is_refused():
         dispatch.attention_function(torch.nn.Linear(1, 1), query, key, value, None, specdec_step=Step(Address([3], 1)))
 
 
-@pytest.mark.parametrize(
-    ("m", "rules", "name"),
+@over(
+    "m, rules, name",
     [
         (1, {}, "explicit"),
         (16, {}, "explicit"),

@@ -141,6 +141,7 @@ def server(folder, tmp_path_factory):
 # a server
 
 
+@pytest.mark.full
 @needs_extras
 def test_answers_are_stocks_whole_and_streamed(server, messages, expected):
     before, _ = server.metrics()
@@ -167,6 +168,7 @@ def test_answers_are_stocks_whole_and_streamed(server, messages, expected):
     assert kinds["hf_specdec_acceptance_rate"] == "gauge"
 
 
+@pytest.mark.full
 @needs_extras
 def test_stop_and_sampling_reach_generate(server, messages, expected):
     stop = expected.split()[3]
@@ -182,6 +184,7 @@ def test_stop_and_sampling_reach_generate(server, messages, expected):
     assert expected not in texts
 
 
+@pytest.mark.full
 @needs_extras
 def test_what_the_strategy_refuses_is_an_error_with_our_message(server, messages):
     import openai
@@ -201,6 +204,7 @@ def test_what_the_strategy_refuses_is_an_error_with_our_message(server, messages
     assert server.ask(messages).choices[0].message.content, "it goes on answering"
 
 
+@pytest.mark.full
 @needs_extras
 def test_a_model_that_is_loaded_again_has_its_strategy(server, messages, expected):
     before, _ = server.metrics()
@@ -210,6 +214,7 @@ def test_a_model_that_is_loaded_again_has_its_strategy(server, messages, expecte
     assert after["draft_tokens_total", "vegas"] > before["draft_tokens_total", "vegas"]
 
 
+@pytest.mark.full
 @needs_extras
 def test_a_strategy_and_an_assistant_of_the_command(folder, messages, expected, tmp_path):
     """They replace what the folder names; the folder stays as it is."""

@@ -87,17 +87,17 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
     with speculative_attention(model), torch.no_grad():
         _linear_layers(run, model, rows)
         for what, call in (("first forward", runner.forward), ("captures of a round", runner.warm_up)):
-            begin = time.perf_counter()
+            started = time.perf_counter()
             call(one, starts, ForwardRequest(view))
             run.wait()
-            run.note(what, seconds=time.perf_counter() - begin, **note)
+            run.note(what, seconds=time.perf_counter() - started, **note)
         for name, forward in forwards.items():
             run.note(name, ms=run.timed(forward, cold=False), **note)
             count = 2 if run.tiny else 12
-            begin = time.perf_counter()
+            started = time.perf_counter()
             for _ in range(count):
                 forward()
-            host = time.perf_counter() - begin
+            host = time.perf_counter() - started
             run.note(f"{name}: the host's part", ms=1000 * host / count, **note)
             _list_kernels(run, name, forward)
         _selection(run, view, cache, rows, context)

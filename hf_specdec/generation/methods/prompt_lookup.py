@@ -77,6 +77,7 @@ class PromptLookupStrategy(SpeculationStrategy):
     """Draft by look-up, verify losslessly."""
 
     config_class = PromptLookupConfig
+    page = "baselines.md"
     compiles = True
     paper = "https://arxiv.org/abs/2304.04487"
     config: PromptLookupConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from looping import over
 from triton_cases import CUDA, DEVICE, inputs, storages, vector
 
 from hf_specdec.kernels import triton_attention as attention
@@ -13,8 +14,8 @@ from hf_specdec.kernels import triton_select as select
 # arguments
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
+@over(
+    "change, message",
     [
         (lambda q, k, v: (q.double(), k.double(), v.double()), "the dtype is torch.float64, but must be one of"),
         (lambda q, k, v: (q, k.half(), v), "`key` is torch.float16 on .*, but must be torch.float32 on"),
@@ -54,8 +55,8 @@ def test_tensors_on_the_cpu_need_the_interpreter(monkeypatch):
         select.addresses([tensors[1]] * 2, [tensors[1]] * 2)
 
 
-@pytest.mark.parametrize(
-    ("rules", "message"),
+@over(
+    "rules, message",
     [
         ({"window": 0}, "`window` is 0, but must be at least 1"),
         ({"longest": 0}, "`longest` is 0, but must be at least 1"),
@@ -79,8 +80,8 @@ def test_bad_side_arguments():
         attention.attend_side(query[:, :, :1], key, value, vector([1]), vector([1]), selected=99, scaling=1.0)
 
 
-@pytest.mark.parametrize(
-    ("rules", "message"),
+@over(
+    "rules, message",
     [
         ({"queries": "all"}, "`queries` is 'all', but must be one of 'first_last', 'last'"),
         ({"metric": "sum"}, "`metric` is 'sum', but must be one of 'weight', 'logit'"),
@@ -116,8 +117,8 @@ def test_bad_gather_arguments():
 # how the work is divided
 
 
-@pytest.mark.parametrize("processors", [1, 108, 132])
-@pytest.mark.parametrize("programs", [1, 8, 60, 131, 132, 264, 5000])
+@over("processors", [1, 108, 132])
+@over("programs", [1, 8, 60, 131, 132, 264, 5000])
 def test_choice_of_parts(processors, programs):
     choices = [attention.choose_splits(programs, longest, processors) for longest in range(1, 200_000, 997)]
     assert choices == sorted(choices) and choices[0] == 1 and choices[-1] <= attention.MOST_SPLITS

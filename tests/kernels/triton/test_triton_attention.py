@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
+from looping import over
 from triton_cases import DEVICE, SINKS, assert_no_worse, check, each_dtype, exact, inputs, plain, split_into, vector
 
 from hf_specdec.kernels import triton_attention as attention
+
+
+pytestmark = [pytest.mark.full, pytest.mark.native]
 
 
 # attention over the cache
 
 
 @each_dtype
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 200])
+@over("splits", [1, 3])
+@over("length", [1, 63, 64, 65, 127, 200])
 def test_lengths(dtype, splits, length, monkeypatch):
     split_into(monkeypatch, splits)
     check([length - 1], 1, dtype)
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    ("starts", "m", "groups", "key_heads", "splits"),
+@over(
+    "starts, m, groups, key_heads, splits",
     [
         ([40, 7], 2, 1, 3, 1),
         ([40, 7], 2, 1, 3, 2),
@@ -41,17 +45,13 @@ def test_groups_and_ragged_rows(dtype, starts, m, groups, key_heads, splits, mon
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    ("d", "d_v"), [(16, 32), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (64, 80), (192, 128)]
-)
+@over("d, d_v", [(16, 32), (64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (64, 80), (192, 128)])
 def test_head_sizes(dtype, d, d_v):
     check([70, 33], 2, dtype, groups=4, key_heads=1, d=d, d_v=d_v)
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    ("window", "m", "splits"), [(1, 1, 1), (1, 2, 2), (5, 3, 1), (64, 2, 4), (65, 6, 1), (65, 3, 2), (1000, 3, 2)]
-)
+@over("window, m, splits", [(1, 1, 1), (1, 2, 2), (5, 3, 1), (64, 2, 4), (65, 6, 1), (65, 3, 2), (1000, 3, 2)])
 def test_windows(dtype, window, m, splits, monkeypatch):
     split_into(monkeypatch, splits)
     check([0, 150, 67], m, dtype, groups=2, key_heads=1, rules={"window": window})
@@ -62,8 +62,8 @@ def test_a_window_narrower_than_a_tile_of_queries():
 
 
 @each_dtype
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(
+@over("splits", [1, 3])
+@over(
     "rules",
     [
         {"softcap": 2.0},
@@ -72,7 +72,6 @@ def test_a_window_narrower_than_a_tile_of_queries():
         {"sinks": SINKS.half()},
         {"softcap": 5.0, "sinks": SINKS, "window": 9},
     ],
-    ids=lambda rules: "-".join(rules),
 )
 def test_softcap_and_sinks(dtype, splits, rules, monkeypatch):
     split_into(monkeypatch, splits)
@@ -85,7 +84,7 @@ def test_large_scores_stay_finite():
         check([80], 2, torch.float32, rules=rules)
 
 
-@pytest.mark.parametrize("splits", [1, 8])
+@over("splits", [1, 8])
 def test_longest_may_exceed_all_lengths(splits, monkeypatch):
     """As in a captured graph; with eight parts most are empty."""
     split_into(monkeypatch, splits)
@@ -145,9 +144,9 @@ def test_nothing_to_do():
 
 
 @each_dtype
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize(("groups", "key_heads", "d"), [(1, 3, 64), (7, 1, 32), (4, 2, 80)])
-@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (3.0, True)])
+@over("splits", [1, 2])
+@over("groups, key_heads, d", [(1, 3, 64), (7, 1, 32), (4, 2, 80)])
+@over("softcap, sinks", [(None, False), (3.0, True)])
 def test_side(dtype, splits, groups, key_heads, d, softcap, sinks, monkeypatch):
     split_into(monkeypatch, splits)
     counts, ends, selected, width = [100, 3, 0, 100], [103, 102, 101, 100], 100, 106
@@ -167,8 +166,8 @@ def test_side(dtype, splits, groups, key_heads, d, softcap, sinks, monkeypatch):
         assert_no_worse(output[row : row + 1], theirs[0], wanted, dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("sinks", [None, SINKS])
+@over("splits", [1, 2])
+@over("sinks", [None, SINKS])
 def test_side_row_that_reads_nothing(splits, sinks, monkeypatch):
     split_into(monkeypatch, splits)
     query, key, value = inputs([70], 1, torch.float32)

@@ -18,6 +18,9 @@ from hf_specdec.kernels import triton_attention as attention
 from hf_specdec.kernels import triton_select as select
 
 
+pytestmark = pytest.mark.full
+
+
 # compiled for GPUs that need not be there
 
 

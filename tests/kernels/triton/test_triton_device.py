@@ -10,6 +10,9 @@ from hf_specdec.kernels import triton_attention as attention
 from hf_specdec.kernels import triton_select as select
 
 
+pytestmark = pytest.mark.native
+
+
 # natively only
 
 

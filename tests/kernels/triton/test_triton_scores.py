@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from looping import over
 from triton_cases import DEVICE, SINKS, assert_no_worse, each_dtype, exact, inputs, plain, split_into, storages, vector
 
 from hf_specdec.kernels import reference
 from hf_specdec.kernels import triton_attention as attention
 from hf_specdec.kernels import triton_select as select
+
+
+pytestmark = [pytest.mark.full, pytest.mark.native]
 
 
 # the scores
@@ -28,10 +32,8 @@ def chosen(tensor, last):
 
 
 @each_dtype
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize(
-    "rules", [{}, {"window": 7}, {"softcap": 2.0, "sinks": SINKS}], ids=lambda rules: "-".join(rules)
-)
+@over("splits", [1, 3])
+@over("rules", [{}, {"window": 7}, {"softcap": 2.0, "sinks": SINKS}])
 def test_scores(dtype, splits, rules, monkeypatch):
     split_into(monkeypatch, splits)
     starts, last, m = [3, 80, 41], [2, 0, 1], 3
@@ -77,12 +79,10 @@ def test_scores_of_more_rows_than_one_tile_holds():
 # token scores
 
 
-@pytest.mark.parametrize("queries", ["first_last", "last"])
-@pytest.mark.parametrize("metric", ["weight", "logit"])
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize(
-    "rules", [{}, {"window": 9}, {"softcap": 2.0, "sinks": SINKS.repeat(5)[:18]}], ids=lambda rules: "-".join(rules)
-)
+@over("queries", ["first_last", "last"])
+@over("metric", ["weight", "logit"])
+@over("per_head", [False, True])
+@over("rules", [{}, {"window": 9}, {"softcap": 2.0, "sinks": SINKS.repeat(5)[:18]}])
 def test_token_scores(queries, metric, per_head, rules):
     """From scores made in float64, NaN where a query may not read."""
     starts, last, length, key_heads = [3, 140], [4, 2], 146, 2
@@ -113,7 +113,7 @@ def test_token_scores(queries, metric, per_head, rules):
     torch.testing.assert_close(found.double(), wanted, atol=2e-6 if metric == "logit" else 2e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cap", [0.5, 4.0])
+@over("cap", [0.5, 4.0])
 def test_softcap_is_exact_near_zero_and_far_from_it(cap):
     products = (
         torch.cat([torch.linspace(-1.5, 1.5, 101), torch.tensor([-1e4, -20.0, 9.0, 1e4, 3e38])]).to(DEVICE) * cap
@@ -127,7 +127,7 @@ def test_softcap_is_exact_near_zero_and_far_from_it(cap):
 
 
 @each_dtype
-@pytest.mark.parametrize("queries", ["first_last", "last"])
+@over("queries", ["first_last", "last"])
 def test_token_scores_of_the_attention_kernel(dtype, queries):
     starts, last = [30, 120], [2, 0]
     query, key, value = inputs(starts, 3, dtype, groups=4, d=64)
@@ -142,8 +142,8 @@ def test_token_scores_of_the_attention_kernel(dtype, queries):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    ("sizes", "inside", "per_head"),
+@over(
+    "sizes, inside, per_head",
     [
         ([64, 64], False, False),
         ([80, 32, 16, 256], True, False),

@@ -17,6 +17,7 @@ from diversed_cases import (
     single_steps,
     table,
 )
+from tiers import tiered
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
     NoRepeatNGramLogitsProcessor,
@@ -44,7 +45,7 @@ def teacher_forced(model, text):
     return seen[0][0], logits
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_oss"])
+@pytest.mark.parametrize("name", tiered(["llama", "gemma3", "gpt2", "gpt_oss"]))
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_t_align_hidden_states_are_those_before_each_draft(monkeypatch, tmp_path, name, do_sample):
     """Position L - 1 + n predicts draft n, in both models; the bonus token's position follows the last draft."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from spd_cases import STAGES, UNEVEN, Module, following_logits, ids_of, prompt, says, spd, stock, target
 from streams import Streamer
+from tiers import tiered
 from transformers import LogitsProcessor
 
 
@@ -38,7 +39,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("name, stages, stage_layers, dtype", CASES, ids=str)
+@pytest.mark.parametrize("name, stages, stage_layers, dtype", tiered(CASES), ids=str)
 def test_text_equals_stocks(name, stages, stage_layers, dtype):
     model = target(name, dtype=dtype)
     for length, new in ((1, 9), (2, 4), (3, 3), (12, 9)):  # the longest is longer than the families' windows

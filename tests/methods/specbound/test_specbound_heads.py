@@ -22,6 +22,7 @@ from specbound_cases import (
     tower,
     truth,
 )
+from tiers import tiered
 
 import hf_specdec
 from hf_specdec import SpecBoundConfig, SpeculationConfig
@@ -30,7 +31,7 @@ from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads, load_e
 from hf_specdec.generation.models.surgery import place_layer
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", tiered(NAMES))
 def test_the_models_own_head_on_the_last_states_gives_its_logits(name):
     """The final norm once, the head, soft-caps and scales: all that the model does after its layers."""
     case = tower(name)

