@@ -20,8 +20,8 @@ from .... import _compat
 from ....artefacts import AdapterReference
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
+from ....kernels.address import Address
 from ....kernels.dispatch import MaskSpec
-from ....kernels.step import Step
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_record, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, placed, run_layer
 from ...models.surgery import decoder_layers, place_layer
@@ -204,7 +204,7 @@ class DraftReader:
 
     def _read(self, fused: torch.Tensor) -> torch.Tensor:
         """Run the states of tokens that follow the cached ones, at their true positions."""
-        step = self.cache.begin(Step([self.end - self.first], fused.shape[1], fused.device))
+        step = self.cache.begin(Address([self.end - self.first], fused.shape[1]))
         positions = torch.arange(self.end, self.end + fused.shape[1], device=fused.device).clamp(max=self.last)
         recording = self.parts.record(
             inputs_embeds=fused,
