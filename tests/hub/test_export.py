@@ -74,7 +74,8 @@ def from_folder(model, folder, **kwargs):
 @pytest.mark.parametrize("strategy", WITHOUT_ADAPTER)
 def test_text_and_statistics_are_those_of_the_keyword(strategy, llama, tmp_path):
     """A ragged batch, an EOS inside it, and the assistant where one is needed."""
-    export_custom_generate(families.configured(strategy), tmp_path / "repo")
+    config = families.with_files(families.configured(strategy), llama.model, tmp_path / "mask")
+    export_custom_generate(config, tmp_path / "repo")
     options = {**llama.batch, "eos_token_id": llama.eos}
     asked = {**GREEDY, **options, "return_dict_in_generate": True}
     expected = llama.ours(strategy, **asked)
