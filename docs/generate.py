@@ -26,16 +26,7 @@ from hf_specdec.registry import STRATEGIES, preset, strategy_class
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PAGES = {
-    "plain": "baselines.md",
-    "assisted": "drafts.md",
-    "prompt_lookup": "baselines.md",
-    "vegas": "vegas.md",
-    "diversed": "diversed.md",
-    "specbound": "specbound.md",
-    "via_sd": "via_sd.md",
-    "spd": "spd.md",
-}
+PAGES: dict[str, str] = {name: strategy_class(name).page or f"{name}.md" for name in STRATEGIES}
 """Page in docs/ of each strategy; a page may have several."""
 
 _KEYS = ("Idea", "Drafts", "Verifies", "Trained", "Paper", "New here")
@@ -170,6 +161,21 @@ def module_notes(name: str) -> dict[str, str]:
     if missing:
         raise ValueError(f"The module docstring of {name!r} has no line that begins with {', '.join(missing)}.")
     return notes
+
+
+def navigation() -> list[dict[str, str]]:
+    """Return the entries of the method pages in the site's navigation; a title ends at its first colon."""
+    entries = []
+    for page in dict.fromkeys(PAGES.values()):
+        title = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+        entries.append({title.partition(":")[0]: page})
+    return entries
+
+
+def configs_reference() -> str:
+    """Return what shows the config of every strategy, for mkdocstrings."""
+    classes = (strategy_class(name).config_class for name in STRATEGIES)
+    return "\n\n".join(f"::: {cls.__module__}.{cls.__qualname__}" for cls in classes)
 
 
 def idea(name: str) -> str:

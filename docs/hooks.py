@@ -14,6 +14,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 
+METHODS = "Methods"
+"""Section of mkdocs.yml's navigation that the registry fills."""
+
+CONFIGS = "reference/configs.md"
+"""Page to which the registry adds the strategies' configs."""
+
 REPOSITORY = "https://github.com/hf-specdec/hf_specdec"
 
 log = logging.getLogger("mkdocs.hooks")  # a warning of it fails a strict build
@@ -24,6 +30,14 @@ _MARKDOWN = re.compile(r"^(\||[*-] |\d+\. |```|!!! |\?\?\? )|\]\(", re.MULTILINE
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=[)\s])")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Fill the section of the methods in the navigation."""
+    for entry in config.nav or []:
+        if isinstance(entry, dict) and METHODS in entry:
+            entry[METHODS] = generate.navigation()
+    return config
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the changelog, which lies outside docs/."""
     text = (generate.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
@@ -32,8 +46,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put heads on method pages, and point links that leave docs/ to the repository."""
+    """Put heads on method pages and configs into the reference, and point links that leave docs/ to the repository."""
     name = page.file.src_uri
+    if name == CONFIGS:
+        markdown = f"{markdown}\n{generate.configs_reference()}\n"
     folder = (generate.ROOT / "docs" / name).parent if page.file.generated_by is None else generate.ROOT
     return repository_links(with_heads(markdown, name), folder)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_specdec import SpeculationConfig
 from hf_specdec.generation.methods.spd.depth_map import DepthMap
 from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule, load_draft_module
+from hf_specdec.generation.methods.via_sd.slim_model import Slim, load_slim
 from hf_specdec.generation.models import adapters
 from hf_specdec.registry import preset, strategy_class
 
@@ -138,13 +140,13 @@ def configured(strategy: str, tokens: int = 3) -> SpeculationConfig:
     if config.strategy == "via_sd":
         # of two layers, the first one's MLP may be left out; flat random distributions must not end every stage at
         # once
-        changes |= {"granularity": "sublayer", "keep_mask": [True, False, True, True], "stage_stop_conf": 0.0}
+        changes |= {"adapter": mask([True, False, True, True], "sublayer"), "stage_stop_conf": 0.0}
         changes |= {"stage_len": 5, "regen_min_conf": 0.0, "tau_accept": 0.5, "tau_escalate": 0.2}
     if strategy == "via_sd:prefilter":
         changes |= {"tau_accept": 0.1, "tau_escalate": 0.0}  # lets wrong drafts pass too
     if strategy in ("via_sd:safe", "via_sd:paper"):
-        everything = {"tau_accept": 1.01, "tau_escalate": 1.01, "bonus_min_conf": 1.01, "alpha1": None, "alpha2": None}
-        changes |= {"force": True, "lossy_level": 0.8, **everything}  # every draft is escalated
+        escalated = {"tau_accept": None, "tau_escalate": None, "bonus_min_conf": None}  # every draft
+        changes |= {"force": True, "lossy_level": 0.8, **escalated}
     return config.override(**changes)
 
 
@@ -187,6 +189,22 @@ def load_oracle(model: PreTrainedModel, name: str) -> PipelineDraftModule:
     if ORACLE not in built:
         built[ORACLE] = Oracle(model)
     return built[ORACLE]
+
+
+MASK = "mask"
+
+
+def mask(keep: Sequence[bool], granularity: str = "layer") -> str:
+    """Return the name of an adapter that is a mask of any model, which nobody has measured."""
+    return f"{MASK} {granularity} {''.join('01'[kept] for kept in keep)}"
+
+
+def load_mask(model: PreTrainedModel, name: str) -> Slim:
+    """Stand in for `load_slim`; any name but those of `mask` goes to it."""
+    if not name.startswith(MASK + " "):
+        return load_slim(model, name)
+    _, granularity, keep = name.split(" ")
+    return Slim(granularity, [kept == "1" for kept in keep], {})
 
 
 def extras(strategy: str, assistant: PreTrainedModel) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..cache.speculative import SpeculativeCache
 from ..generation import admission
 from ..generation.methods.specbound.exit_heads import ExitHeads, ExitReader, before_each, load_exit_heads
 from ..generation.methods.specbound.method import SpecBoundConfig, annealed_confidence
-from ..generation.models.layerwise import Layerwise, Rows, watched
+from ..generation.models.layerwise import Layerwise, Staircase, watched
 from ..generation.models.surgery import decoder_layers
 from ..generation.runner import ModelRunner
 from ..kernels.dispatch import register, speculative_attention
@@ -42,10 +42,10 @@ class Costs:
     """Milliseconds on one device.
 
     Args:
-        layer (`list[float]`): one layer on 1, 2, ... rows.
-        head (`list[float]`): final norm and LM head on 1, 2, ... rows.
+        layer (`list[float]`): one layer on 1, 2, ... tokens.
+        head (`list[float]`): final norm and LM head on 1, 2, ... tokens.
         test (`float`): one exit test, its reading by the host included.
-        row (`float`): preparing one row: embedding and arguments of the layers.
+        token (`float`): preparing one token: embedding and arguments of the layers.
         round (`float`): the rest of a round: processors, acceptance, the loop.
         plain (`float`): a token of the strategy `plain`.
     """
@@ -53,7 +53,7 @@ class Costs:
     layer: list[float]
     head: list[float]
     test: float
-    row: float
+    token: float
     round: float
     plain: float
 
@@ -128,7 +128,7 @@ def replay(
 
     Args:
         traces (`list[Trace]`): of the texts.
-        exits (`list[int]`): depths tested; the last one is the depth bound too, since deeper rows are not tested.
+        exits (`list[int]`): depths tested; the last one is the depth bound too, since deeper tokens are not tested.
         alpha, tau, width: as in `SpecBoundConfig`.
         depth (`int`): layers of the model.
         costs (`Costs`): of the device.
@@ -136,7 +136,8 @@ def replay(
     first, later = ([_outcomes(trace, step, exits, alpha, tau) for trace in traces] for step in (0, 1))
     leaving = [exit_at for positions in later for exit_at, _ in positions if exit_at]
     share = len(leaving) / max(sum(map(len, later)), 1)
-    further = costs.row + statistics.mean([costs.layer[0] * e + costs.test * _tests(exits, e) for e in leaving] or [0])
+    passing = [costs.layer[0] * exit_at + costs.test * _tests(exits, exit_at) for exit_at in leaving]
+    further = costs.token + statistics.mean(passing or [0])
     spent = 0.0
     rounds = tokens = drafted = accepted = depths = 0
     for pending, drafts in zip(first, later, strict=True):
@@ -150,7 +151,7 @@ def replay(
                     break
                 passed.append(exit_at)
             difficult = right and len(passed) < room
-            spent += costs.round + costs.row * (len(passed) + 1) + _deep_pass(tuple(passed), depth, costs)
+            spent += costs.round + costs.token * (len(passed) + 1) + _deep_pass(tuple(passed), depth, costs)
             spent += costs.test * (sum(_tests(exits, exit_at) for exit_at in passed) + len(exits) * difficult)
             if not right:  # what follows a wrong draft is not known
                 spent += further * sum(share**place for place in range(1, room - len(passed) + 1))
@@ -187,7 +188,7 @@ def _deep_pass(passed: tuple[int, ...], depth: int, costs: Costs) -> float:
 def _layer_times(passed: tuple[int, ...], depth: int, layer: tuple[float, ...]) -> float:
     depths: list[int] = []
     spent = 0.0
-    for goal in (*passed, depth):  # the last row takes all with it
+    for goal in (*passed, depth):  # the last token takes all with it
         depths.append(0)
         while depths[-1] < goal:
             first = depths.index(depths[-1])
@@ -211,7 +212,7 @@ def profile_specbound(
         token = prompt[:, -1:]
         logits = runner.forward(token, [length - 1]).logits
         parts.check(runner, token, length - 1, logits)
-        rows, tail = Rows(parts, runner, width + 1), parts.tail()
+        staircase, tail = Staircase(parts, runner, width + 1), parts.tail()
         reader = ExitReader(heads, parts, windows[-1], length + width + 2)
         if heads.kind == "block":
             recording = parts.record_at(runner, prompt, 0)
@@ -220,28 +221,29 @@ def profile_specbound(
         times: dict[str, list[float]] = {}
         for _ in range(repeats):
             for count in range(1, width + 2):
-                rows.begin(length)
-                with _timed(times, f"row {count}"):
+                staircase.restart(length)
+                with _timed(times, f"token {count}"):
                     for _ in range(count):
-                        rows.push(token)
+                        staircase.push(token)
                 with _timed(times, f"layer {count}"):
-                    while rows.depths[-1] < len(parts.layers):
-                        rows.advance()
+                    while staircase.depths[-1] < len(parts.layers):
+                        staircase.advance()
                 with _timed(times, f"head {count}"):
-                    tail(parts.norm(rows.states[:, :count])).argmax(dim=-1).tolist()
+                    tail(parts.norm(staircase.states[:, :count])).argmax(dim=-1).tolist()
             exit_at = heads.layers[0]
-            rows.begin(length)
-            rows.push(token)
-            reader.note(exit_at, rows, 0)
+            staircase.restart(length)
+            staircase.push(token)
+            for depth in heads.layers:
+                reader.note(depth, staircase, 0)
             with _timed(times, "test"):
-                bool(annealed_confidence(reader.logits(exit_at, rows), 1.1) >= 1)
-            reader.commit(1, rows, rows.states[:, :1])
+                bool(annealed_confidence(reader.logits(exit_at, staircase), 1.1) >= 1)
+            reader.commit(1, staircase, staircase.states[:, :1])
     middle = {name: statistics.median(values[1:]) for name, values in times.items()}
     counts = range(1, width + 2)
     layer = [middle[f"layer {count}"] / len(parts.layers) for count in counts]
     head = [middle[f"head {count}"] for count in counts]
-    row = statistics.median(middle[f"row {count}"] / count for count in counts)
-    return Costs(layer, head, middle["test"], row, 0.0, 0.0)
+    per_token = statistics.median(middle[f"token {count}"] / count for count in counts)
+    return Costs(layer, head, middle["test"], per_token, 0.0, 0.0)
 
 
 @contextmanager
@@ -297,7 +299,7 @@ def calibrate_specbound(
     never = config.override(alpha=1e6, tau=0.9, exit_layers=[exit_at], max_depth=exit_at)
     arms = [Arm("plain", {"assistant_strategy": "plain"}), Arm("never", {"assistant_strategy": never})]
     plain, drafting = measure(model, prompts[0], arms, new_tokens, repeats, progress)
-    known = costs.row + depth * costs.layer[0] + costs.head[0] + costs.test
+    known = costs.token + depth * costs.layer[0] + costs.head[0] + costs.test
     costs = replace(costs, plain=plain.ms_per_token, round=max(0.0, drafting.ms_per_token - known))
     found = [(replay(traces, *setting, depth, costs), setting) for setting in _grid(heads.layers)]
     best, (exits, alpha, tau, width) = max(found, key=lambda pair: pair[0].speedup)

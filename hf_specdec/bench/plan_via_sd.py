@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_specdec.generation.methods.via_sd import laws
-
 from ..cache.speculative import SpeculativeCache
 from ..generation import admission
+from ..generation.methods.via_sd import laws
 from ..generation.methods.via_sd.slim_model import Slim, Units, slim_model
 from ..generation.models.surgery import decoder_layers
 from ..generation.models.vocabulary import pad_vocabulary
@@ -216,8 +215,7 @@ def measure_rates(
     scorer: SlimScorer,
     assistant: PreTrainedModel,
     slim: Slim,
-    thresholds: tuple[float, float],
-    regen_min_conf: float,
+    gate: laws.Gate,
     *,
     sampling: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -228,8 +226,7 @@ def measure_rates(
         scorer (`SlimScorer`): texts, and the model's logits of them.
         assistant (`PreTrainedModel`): the drafter.
         slim (`Slim`): mask and adapter.
-        thresholds (`tuple[float, float]`): of the tiers.
-        regen_min_conf (`float`): M below which tier B is escalated.
+        gate (`Gate`): of the tiers.
         sampling (`bool`, *optional*, defaults to `False`): rates of sampling at temperature 1 instead of greedy ones.
     """
     sums = torch.zeros(7, dtype=torch.float64)
@@ -240,7 +237,8 @@ def measure_rates(
         drafts = assistant(input_ids=ids, use_cache=False).logits[0, text.prompt_length - 1 :].float()
         drafts = pad_vocabulary(drafts, theirs.shape[-1])
         p, s, q = (logits.softmax(-1) for logits in (drafts, mine, theirs))
-        tier = laws.tiers(*_gate(mine), thresholds, regen_min_conf)
+        log_ratio, confidence = laws.slim_ratio(mine)
+        tier = laws.tiers(log_ratio, confidence[:, None], gate)
         if sampling:
             shares = [torch.minimum(x, y).sum() for x, y in ((p, q), (p, s), (s, q))]
             shares += [(p * (tier == kind)).sum() for kind in range(3)]
@@ -254,11 +252,6 @@ def measure_rates(
         progress("rates")
     a, inner, outer, *tiers, delta = (sums / sum(len(t) for t in scorer.teacher)).tolist()
     return Rates(a, inner, outer, (tiers[0], tiers[1], tiers[2]), delta)
-
-
-def _gate(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    ratio, confidence = laws.slim_ratio(logits)
-    return ratio, confidence[:, None]
 
 
 def read_parameters(model: PreTrainedModel) -> tuple[int, int]:

@@ -167,8 +167,8 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor) -> tuple[DynamicCache, fl
     cache = DynamicCache(config=model.config)
     start = time.perf_counter()
     with torch.no_grad():
-        for begin in range(0, ids.shape[1] - 1, _PREFILL_CHUNK):
-            part = ids[:, begin : min(begin + _PREFILL_CHUNK, ids.shape[1] - 1)]
+        for first in range(0, ids.shape[1] - 1, _PREFILL_CHUNK):
+            part = ids[:, first : min(first + _PREFILL_CHUNK, ids.shape[1] - 1)]
             model(input_ids=part, past_key_values=cache, logits_to_keep=1)
     if ids.device.type == "cuda":
         torch.cuda.synchronize()
@@ -232,21 +232,10 @@ def measure(
     plain = next((m for m in found if m.name == "plain"), None)
     for m in found:
         if plain is not None and m.draft_ms is not None and m.verify_ms is not None and m.tokens_per_step is not None:
-            rounds = _rounds(m, stats[m.name][-1])
-            m.modelled = plain.ms_per_token * m.tokens_per_step / rounds
+            last = stats[m.name][-1]
+            round_ms = strategy_class(last.strategy).round_ms(last, m.draft_ms, m.verify_ms)
+            m.modelled = plain.ms_per_token * m.tokens_per_step / round_ms
     return found
-
-
-def _rounds(m: Measurement, stats: SpeculationStats) -> float:
-    """Return the milliseconds of an average round by its parts."""
-    drafts = stats.draft_forwards / max(stats.target_forwards, 1)
-    spent = drafts * (m.draft_ms or 0.0) + (m.verify_ms or 0.0)
-    if "ticks" in stats.method:  # a pipeline's token takes less than a forward, or several, and drafts meanwhile
-        return (m.verify_ms or 0.0) * stats.target_forwards / stats.method["ticks"]
-    tiered = sum(stats.method.get(f"{kind}_rounds", 0) for kind in ("tiered", "strict", "forced"))
-    if not tiered:
-        return spent
-    return (spent * stats.target_forwards + 1000 * stats.seconds.get("slim", 0.0)) / tiered
 
 
 def merge(groups: Sequence[Sequence[Measurement]]) -> list[Measurement]:

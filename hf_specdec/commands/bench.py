@@ -242,7 +242,7 @@ def _equal_prompts(prompts: list[list[int]], rows: int) -> list[torch.Tensor]:
 
     if rows > len(prompts):
         raise ValueError(f"`--batch` is {rows}, but there are {len(prompts)} prompts.")
-    groups = [prompts[begin : begin + rows] for begin in range(0, len(prompts) - rows + 1, rows)]
+    groups = [prompts[start : start + rows] for start in range(0, len(prompts) - rows + 1, rows)]
     return [torch.tensor([prompt[-min(map(len, group)) :] for prompt in group]) for group in groups]
 
 

@@ -127,8 +127,9 @@ def calibrate_specbound_command(
             progress=advancing(progress, task),
         )
     console.print(
-        f"layer {costs.layer[0]:.2f} ms (4 rows {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
-        f"{costs.head[0]:.2f}, row {costs.row:.2f}, rest of a round {costs.round:.2f}, plain token {costs.plain:.2f}"
+        f"layer {costs.layer[0]:.2f} ms (4 tokens {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
+        f"{costs.head[0]:.2f}, preparing a token {costs.token:.2f}, rest of a round {costs.round:.2f}, plain token "
+        f"{costs.plain:.2f}"
     )
     console.print(
         f"alpha={chosen.alpha}, tau={chosen.tau}, exit_layers={chosen.exit_layers}, max_depth={chosen.max_depth}, "
@@ -245,9 +246,8 @@ def calibrate_via_sd_command(
         "even_mask": held_out.report(tuple(units.even(skip_ratio, skip_budget_by))),
         "search": {**asdict(settings), "texts": texts}, **notes,
     }  # fmt: skip
-    save_slim(
-        save, ViaSDConfig(slim_cache=None if slim_cache == "shared" else slim_cache), loaded, units, keep, calibration
-    )
+    config = ViaSDConfig(slim_cache=None if slim_cache == "shared" else slim_cache)
+    save_slim(save, loaded, keep, granularity, config=config, calibration=calibration)
     write_card(save, load_config(save))
     console.print(f"left out: {', '.join(units.names[unit] for unit in units.skipped(keep))}")
     console.print(_figures("searched mask", figures))
@@ -318,8 +318,7 @@ def plan_via_sd_command(
     second, slim = load_assistant(loaded, assistant, dtype, device), load_slim(loaded, adapter)
     units, mode = Units(loaded, slim.granularity), slim.cache_mode or "shared"
     scorer = SlimScorer(loaded, found, units, window, mode)
-    config = ViaSDConfig()
-    rates = measure_rates(scorer, second, slim, config.thresholds, config.regen_min_conf, sampling=sampling)
+    rates = measure_rates(scorer, second, slim, ViaSDConfig().gate, sampling=sampling)
     costs = measure_costs(loaded, second, slim, found[0].ids[None].to(loaded.device))
     console.print(
         f"rates: a {rates.two_tier:.3f}, a1 {rates.inner:.3f}, a2 {rates.outer:.3f}, tiers A/B/C "

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
-from ..kernels.step import TOKENS_ONLY, ForwardRequest, upload
+from ..kernels.address import upload
+from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from . import acceptance, programs
 from .runner import Forward, ModelRunner
 from .state import DecodingState
+from .stats import SpeculationStats
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class SpeculationStrategy:
 
     config_class: ClassVar[type[SpeculationConfig]] = SpeculationConfig
     paper: ClassVar[str] = ""
+    page: ClassVar[str] = ""  # of docs/; `<name>.md` by default, and strategies may share one
     needs_assistant: ClassVar[bool] = False
     needs_adapter: ClassVar[bool] = False
     batched: ClassVar[bool] = True  # False: the loop decodes the rows in turn
@@ -164,6 +167,11 @@ class SpeculationStrategy:
                 f"`compile={config.compile!r}` is not available for the strategy {name!r} under these settings: it "
                 "runs parts of the model by itself. Allowed: None."
             )
+
+    @classmethod
+    def round_ms(cls, stats: SpeculationStats, draft_ms: float, verify_ms: float) -> float:
+        """Return the milliseconds of an average round of a call, by those of a draft forward and a verification."""
+        return stats.draft_forwards / max(stats.target_forwards, 1) * draft_ms + verify_ms
 
     @property
     def lossless(self) -> bool:

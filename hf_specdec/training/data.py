@@ -104,10 +104,10 @@ def write_texts(
     answers: list[Text] = []
     for turn, temperature in enumerate(temperatures):
         chosen = sorted(prompts[turn :: len(temperatures)], key=len)
-        for begin in range(0, len(chosen), batch_size):
-            part = chosen[begin : begin + batch_size]
+        for start in range(0, len(chosen), batch_size):
+            part = chosen[start : start + batch_size]
             ids, mask = pad_left(part, model.device)
-            torch.manual_seed(seed + 1000 * turn + begin)
+            torch.manual_seed(seed + 1000 * turn + start)
             output = cast(Any, model).generate(
                 ids,
                 attention_mask=mask,

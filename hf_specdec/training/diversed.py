@@ -170,8 +170,8 @@ def replay(
         chain.append(TopPLogitsWarper(sampling.top_p))
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("features", "p", "q", "tv", "row")}
     width = vocabulary_width(target)
-    for begin in range(0, len(prompts), batch_size):
-        rows = list(range(begin, min(begin + batch_size, len(prompts))))
+    for start in range(0, len(prompts), batch_size):
+        rows = list(range(start, min(start + batch_size, len(prompts))))
         ids = nn.utils.rnn.pad_sequence([torch.tensor([*prompts[i], *written[i]]) for i in rows], batch_first=True).to(
             target.device
         )
@@ -234,9 +234,9 @@ def train_diversed(
     target.requires_grad_(False).eval()
     draft.requires_grad_(False).eval()
     run = _Run(target, draft, tokenizer, items, reward, Path(folder), settings, report)
-    begin, done = run.resume() if resume else (0, 0)
-    for sweep in range(begin, len(settings.accept_coefs)):
-        run.learn(sweep, done if sweep == begin else 0)
+    first, done = run.resume() if resume else (0, 0)
+    for sweep in range(first, len(settings.accept_coefs)):
+        run.learn(sweep, done if sweep == first else 0)
     return run.found
 
 
@@ -329,8 +329,8 @@ class _Run:
         per_epoch = max(1, len(self.train) // (settings.prompts_per_update * share))
         order = torch.Generator().manual_seed(settings.seed + number // per_epoch)
         shuffled = torch.randperm(len(self.train), generator=order).tolist()
-        begin = (number % per_epoch * share + place) * settings.prompts_per_update
-        chosen = shuffled[begin : begin + settings.prompts_per_update]
+        start = (number % per_epoch * share + place) * settings.prompts_per_update
+        chosen = shuffled[start : start + settings.prompts_per_update]
         rows = [index for index in chosen for _ in range(settings.samples)]
         prompts = [prompt_ids(self.tokenizer, self.train[index]) for index in rows]
         torch.manual_seed(settings.seed + 7919 * number + place)

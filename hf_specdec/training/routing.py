@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..generation.methods.via_sd.config import BUDGETS, CACHES
+from ..generation.methods.via_sd.slim_model import SKIP_RATIO
 from .scoring import OBJECTIVES, Mask, SlimScorer
 
 
@@ -51,7 +52,7 @@ class MaskSearch:
         seed (`int`, *optional*, defaults to 0): of the proposals.
     """
 
-    skip_ratio: float = 0.45
+    skip_ratio: float = SKIP_RATIO
     skip_budget_by: str = "params"
     granularity: str = "layer"
     objective: str = "tv"
@@ -165,7 +166,7 @@ class _Search:
         if self.units.halves:
             orders.append([unit for unit in middle if unit % 2 == 0] + [unit for unit in middle if unit % 2])
         masks = [self.units.even(ratio, by)] + [self.units.filled(order, ratio, by) for order in orders]
-        return [tuple(mask) for mask in masks] + [self._random(-place) for place in range(1, _RANDOM_SEEDS + 1)]
+        return [tuple(mask) for mask in masks] + [self._random(-number) for number in range(1, _RANDOM_SEEDS + 1)]
 
     def _random(self, number: int) -> Mask:
         order = list(self.units.free)
@@ -193,7 +194,7 @@ class _Search:
         """Return the mask of greatest expected improvement under a Gaussian process over the masks seen."""
         known = list(self.seen.costs)
         best = sorted(known, key=self.seen.costs.__getitem__)[:_NEIGHBOURS]
-        pool = {self._random(step * _POOL + place) for place in range(_POOL)}
+        pool = {self._random(step * _POOL + number) for number in range(_POOL)}
         pool |= {swap for mask in best for swap in self._swaps(mask)}
         candidates = sorted(pool - set(known))
         if not candidates:

@@ -121,9 +121,9 @@ class SlimScorer:
             first, end = text.prompt_length - 1, len(text.ids) - 1
             parts = []
             # from the end, so that each block is read over the whole model's states of all that comes before it
-            for begin in reversed(range(first, end, BLOCK)):
-                ids = text.ids[None, begin : min(begin + BLOCK, end)]
-                parts.append(slim.forward(ids, [begin]).logits[0])
+            for start in reversed(range(first, end, BLOCK)):
+                ids = text.ids[None, start : min(start + BLOCK, end)]
+                parts.append(slim.forward(ids, [start]).logits[0])
         for layer, (keys, values) in zip(whole.cache.layers, self.clean[index], strict=True):
             layer.keys[:, :, first : end + 1], layer.values[:, :, first : end + 1] = keys, values
         return torch.cat(parts[::-1])

@@ -83,7 +83,7 @@ class _Student(nn.Module):
     def forward(self, states: list[torch.Tensor], call: LayerCall | None, real: torch.Tensor) -> list[torch.Tensor]:
         """Return each head's logits `[positions, F]` at the real positions of the states `[b, T, H]`."""
         found, before = [], before_each(states[-1])
-        for layer, hidden in zip(self.heads.layers, states, strict=False):
+        for layer, hidden in zip(self.heads.layers, states[:-1], strict=True):
             if call is not None:
                 known = self._guessed(layer, hidden, before, call) if self.training else before
                 hidden = self.heads.deepen(layer, hidden, known, call)

@@ -133,8 +133,8 @@ def evaluate(
     stats: list[SpeculationStats] = []
     tokens, seconds = 0, 0.0
     torch.manual_seed(seed)
-    for begin in range(0, len(items), batch_size):
-        part = items[begin : begin + batch_size]
+    for first in range(0, len(items), batch_size):
+        part = items[first : first + batch_size]
         prompts = [prompt_ids(tokenizer, item) for item in part]
         with on_speculation(stats.append):
             start = time.perf_counter()

@@ -174,7 +174,9 @@ class _SlimRun(Distillation):
         held_out = {"objective": "training", **record.pop("held_out")}
         config = ViaSDConfig(num_assistant_tokens=self.settings.num_assistant_tokens)
         lora = {"trained_cache_mode": "own", "rank": self.settings.rank, **record}
-        save_slim(self.path, config, self.target, self.units, self.keep, held_out, lora)
+        save_slim(
+            self.path, self.target, self.keep, self.mask.granularity, config=config, calibration=held_out, lora=lora
+        )
 
 
 class _Student(nn.Module):

@@ -146,11 +146,11 @@ def make_adapters() -> None:
     """Write the adapters that pages name, made for the tiny model and untrained, below the working directory."""
     from transformers import AutoModelForCausalLM
 
-    from hf_specdec import AssistedConfig, DiversedConfig, DiversedHead, SPDConfig, SpecBoundConfig, ViaSDConfig
+    from hf_specdec import AssistedConfig, DiversedConfig, DiversedHead, SPDConfig, SpecBoundConfig
     from hf_specdec.generation.methods.spd.depth_map import DepthMap
     from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule
     from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads
-    from hf_specdec.generation.methods.via_sd.slim_model import Units, save_slim
+    from hf_specdec.generation.methods.via_sd.slim_model import save_slim
     from hf_specdec.generation.models.draft_model import cut_draft, save_draft
 
     model = AutoModelForCausalLM.from_pretrained(MODELS[0])
@@ -164,10 +164,9 @@ def make_adapters() -> None:
         head.save(folder, DiversedConfig(), draft, model)
     for folder in (examples / "specbound", Path("my-heads")):
         ExitHeads(model, [2, 4], "block").save(folder, SpecBoundConfig(exit_layers=[2], max_depth=2), model)
-    units = Units(model, "layer")
-    keep = [index not in (3, 4) for index in range(len(units.names))]
+    keep = [index not in (3, 4) for index in range(model.config.num_hidden_layers)]
     for folder in (examples / "via_sd", Path("my-slim")):
-        save_slim(folder, ViaSDConfig(), model, units, keep, {"agreement": 0.9})
+        save_slim(folder, model, keep, calibration={"agreement": 0.9})
     for stages, counts in ((2, [4, 4]), (5, [2, 2, 2, 1, 1])):
         module = PipelineDraftModule(model, DepthMap(8, stages, counts), [0, 7])
         for folder in (examples / "spd" / f"n{stages}", Path("my-module")):

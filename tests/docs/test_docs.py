@@ -268,8 +268,16 @@ def test_links_lead_somewhere(page):
 
 def test_every_public_name_is_in_the_reference():
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
-    documented = set(re.findall(r"^::: hf_specdec\.(\w+)$", text, re.MULTILINE))
-    assert documented == set(hf_specdec.__all__)
+    documented = re.findall(r"^::: hf_specdec\.(\w+)$", text, re.MULTILINE)
+    documented += re.findall(r"^::: hf_specdec\.[\w.]+\.(\w+)$", generate.configs_reference(), re.MULTILINE)
+    modules = {path.stem for path in (ROOT / "hf_specdec").glob("*.py")}  # a whole module may have an entry, too
+    assert set(documented) - modules == set(hf_specdec.__all__) and len(documented) == len(set(documented))
+
+
+def test_every_page_of_a_method_is_in_the_navigation():
+    entries = [entry for part in generate.navigation() for entry in part.items()]
+    assert ("Vegas", "vegas.md") in entries and ("Draft models", "drafts.md") in entries
+    assert {page for _, page in entries} == set(generate.PAGES.values()) and len(entries) == len(dict(entries))
 
 
 def test_docstrings_of_the_dialect_become_googles():

@@ -39,8 +39,11 @@ def warnings(monkeypatch):
 
 def speculation(model, *args, **kwargs):
     """Return the statistics of a call, `None` where stock ran."""
-    out = model.generate(*args, **{**GREEDY, "return_dict_in_generate": True, **kwargs})
-    return getattr(out, "speculation", None)
+    found = []
+    with hf_specdec.on_speculation(found.append):
+        out = model.generate(*args, **{**GREEDY, "return_dict_in_generate": True, **kwargs})
+    assert hasattr(out, "speculation") == bool(found)
+    return found[0] if found else None
 
 
 def run_python(code, **environment):

@@ -32,7 +32,7 @@ from hf_specdec.generation.methods.diversed.head import DiversedHead
 from hf_specdec.generation.methods.spd.depth_map import DepthMap
 from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule
 from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads
-from hf_specdec.generation.methods.via_sd.slim_model import Units, save_slim
+from hf_specdec.generation.methods.via_sd.slim_model import save_slim
 from hf_specdec.generation.models.draft_model import cut_draft, save_draft
 from hf_specdec.resolve import push_folder
 
@@ -67,7 +67,7 @@ def specbound(folder):
 
 def via_sd(folder, **changes):
     """A mask with a random LoRA, in PEFT's files."""
-    units, tensors = Units(target(), "layer"), {}
+    tensors = {}
     for index in (0, 2, 3):
         name = f"model.layers.{index}.mlp.down_proj"
         weight = target().get_submodule(name).weight
@@ -79,7 +79,8 @@ def via_sd(folder, **changes):
     (inner / "adapter_config.json").write_text(json.dumps(lora))
     save_file(tensors, inner / "adapter_model.safetensors")
     config, keep = ViaSDConfig(3, stage_stop_conf=0.0), [True, False, True, True]
-    save_slim(folder, config, target(), units, keep, {"agreement": 0.9}, {"trained_cache_mode": "own"})
+    lora = {"trained_cache_mode": "own"}
+    save_slim(folder, target(), keep, config=config, calibration={"agreement": 0.9}, lora=lora)
 
 
 def diversed(folder):

@@ -100,7 +100,7 @@ def test_a_saved_strategy_needs_no_argument(kind, tmp_path, monkeypatch):
     else:
         name = "via_sd"
         drafter = SpeculationConfig.from_pretrained("heads").override(num_assistant_tokens=3)
-        settings = {"drafter": VegasConfig(3, min_context=0, min_tokens=2), "keep_mask": [True, False, True, True]}
+        settings = {"drafter": VegasConfig(3, min_context=0, min_tokens=2), "stage_stop_conf": 0.0}
         config.assistant_strategy, config.assistant_strategy_config = name, settings
         assert drafter.adapter == "heads"
     hf_specdec.save_strategy(model, tmp_path / "model")

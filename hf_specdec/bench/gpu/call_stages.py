@@ -100,10 +100,10 @@ def leak(run: StageRun) -> None:
     """Follow the memory in use over 40 calls, each of which captures on a stream of its own."""
     model, ids = _small(run, 64 if run.tiny else 300, 2)
     for count in range(2 if run.tiny else 41):
-        begin = time.perf_counter()
+        started = time.perf_counter()
         _call(model, ids, 6, do_sample=False)
         run.wait()
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - started
         if run.device.type == "cuda" and count % 10 == 0:
             run.free()
             free, total = torch.cuda.mem_get_info()

@@ -130,11 +130,11 @@ def precompile(run: StageRun) -> None:
     kinds = {(case.kind, case.queries): replace(case, rows=2, context=small) for case in _sizes(run.tiny)}
     wanted += [(case, None) for case in kinds.values()]
     workers = 1 if run.tiny else max(1, min(14, (os.cpu_count() or 2) - 1))
-    begin = time.perf_counter()
+    started = time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         parts = [wanted[i::workers] for i in range(workers)]
         failed = [text for found in pool.map(_compile, parts, [run.device] * workers) for text in found]
-    run.note("compiled ahead", variants=len(wanted), seconds=time.perf_counter() - begin, failed=failed)
+    run.note("compiled ahead", variants=len(wanted), seconds=time.perf_counter() - started, failed=failed)
 
 
 def correct(run: StageRun) -> None:

@@ -29,13 +29,13 @@ class StageRun:
         self.device = torch.device("cpu" if tiny else "cuda")
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.stage, self.failed = "", list[str]()
-        self._begin, self._bandwidth = time.perf_counter(), 0.0
+        self._started, self._bandwidth = time.perf_counter(), 0.0
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def left(self) -> float:
         """Seconds of the budget that are left."""
-        return self.budget - (time.perf_counter() - self._begin)
+        return self.budget - (time.perf_counter() - self._started)
 
     def note(self, what: str, **values: Any) -> None:
         """Write one result: the stage's name, `what` it is, and its values."""
@@ -61,7 +61,7 @@ class StageRun:
         if self.left < 0.6 * seconds:
             self.note("left out: too little time", left=self.left, estimate=seconds)
             return
-        begin = self.left
+        before = self.left
         try:
             stage(self)
         except Exception as error:
@@ -69,7 +69,7 @@ class StageRun:
             self.note("FAILED", error=f"{type(error).__name__}: {error}"[:400])
             self._append("tracebacks.txt", f"== {name}\n{traceback.format_exc()}")
         self.free()
-        self.note("stage took", seconds=begin - self.left)
+        self.note("stage took", seconds=before - self.left)
 
     @property
     def bandwidth(self) -> float:

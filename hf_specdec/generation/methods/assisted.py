@@ -45,6 +45,7 @@ class AssistedStrategy(SpeculationStrategy):
     """Draft with a second model."""
 
     config_class = AssistedConfig
+    page = "drafts.md"
     paper = "https://arxiv.org/abs/2211.17192"
     needs_assistant = True
     compiles = True

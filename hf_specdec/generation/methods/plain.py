@@ -32,4 +32,5 @@ class PlainStrategy(SpeculationStrategy):
     """Decode without drafts."""
 
     config_class = PlainConfig
+    page = "baselines.md"
     compiles = True

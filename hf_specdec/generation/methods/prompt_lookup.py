@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...configuration import SpeculationConfig
-from ...kernels.step import upload
+from ...kernels.address import upload
 from ..state import DecodingState
 from ..strategy import Draft, Drafter, SpeculationStrategy
 
@@ -77,6 +77,7 @@ class PromptLookupStrategy(SpeculationStrategy):
     """Draft by look-up, verify losslessly."""
 
     config_class = PromptLookupConfig
+    page = "baselines.md"
     compiles = True
     paper = "https://arxiv.org/abs/2304.04487"
     config: PromptLookupConfig

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ...kernels.address import Address
 from ...kernels.dispatch import MaskSpec
 from ...kernels.step import Step
 from ..runner import ModelRunner
@@ -99,7 +100,7 @@ class Layerwise:
         recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
         self.norm = self._probe(base)
-        self._row_dims: list[Any] = []
+        self._token_dims: list[Any] = []
 
     def record(self, **inputs: Any) -> Recording:
         """Return what the base model's forward over `inputs` (its own keywords) would pass to each layer."""
@@ -110,16 +111,16 @@ class Layerwise:
 
     def compare(self, one: Recording, two: Recording) -> None:
         """Learn from recordings of one token and of two where in the arguments the tokens lie; `join` needs it."""
-        self._row_dims = [_row_dims(a, b) for a, b in zip(one.calls, two.calls, strict=True)]
+        self._token_dims = [_token_dims(a, b) for a, b in zip(one.calls, two.calls, strict=True)]
 
     def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
         """Return the arguments of layer `layer` for the tokens of several recordings together, on `cache` at `step`.
 
         Args:
-            recordings (`list[Recording]`): of consecutive tokens of one row.
+            recordings (`list[Recording]`): of consecutive tokens of one text.
         """
         parts = [recording.calls[layer] for recording in recordings]
-        return cast(LayerCall, _joined(parts, self._row_dims[layer], cache, step))
+        return cast(LayerCall, _joined(parts, self._token_dims[layer], cache, step))
 
     def tail(self, head: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function from the LM head's input `[..., H]` to logits, soft-caps and scales included.
@@ -133,15 +134,15 @@ class Layerwise:
         model = cast(Callable[..., Any], exchanged(self.model, changes))
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
-            rows = hidden.reshape(1, -1, hidden.shape[-1])
-            logits = model(inputs_embeds=rows, use_cache=False, return_dict=True).logits
+            states = hidden.reshape(1, -1, hidden.shape[-1])
+            logits = model(inputs_embeds=states, use_cache=False, return_dict=True).logits
             return logits.view(*hidden.shape[:-1], -1)
 
         return run
 
     def record_at(self, runner: ModelRunner, tokens: torch.Tensor, start: int) -> Recording:
         """Return the recording of `tokens` `[1, m]` that lie from position `start` on, over the runner's cache."""
-        step = runner.cache.begin(Step([start], tokens.shape[1], runner.device))
+        step = runner.cache.begin(Address([start], tokens.shape[1]))
         return self.record(**runner.inputs(tokens, step))
 
     def check(self, runner: ModelRunner, token: torch.Tensor, position: int, logits: torch.Tensor) -> None:
@@ -159,12 +160,12 @@ class Layerwise:
         self.compare(one, self.record_at(runner, token.expand(1, 2), position))
         if self.model in _checked:
             return
-        rows = Rows(self, runner, 1)
-        rows.begin(position)
-        rows.push(token)
-        while rows.depths[0] < len(self.layers):
-            rows.advance()
-        found = self.tail()(self.norm(rows.states))
+        staircase = Staircase(self, runner, 1)
+        staircase.restart(position)
+        staircase.push(token)
+        while staircase.depths[0] < len(self.layers):
+            staircase.advance()
+        found = self.tail()(self.norm(staircase.states))
         if not torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
             raise ValueError(
                 f"{type(self.model).__name__} can't be run by layers: its logits differ by "
@@ -210,64 +211,64 @@ class Layerwise:
         return nn.Sequential(*norms)
 
 
-class Rows:
+class Staircase:
     """Neighbouring tokens of one text at unequal depths, with their states parked in one buffer.
 
-    The catch-up rule: a layer call takes the newest row and every earlier row that is exactly as deep. So depths never
-    increase from row to row, rows of one depth are neighbours, and every row passes every layer once, when the keys
-    and values of all earlier rows are there: states and cache are those of a plain forward.
+    The catch-up rule: a layer call takes the newest token and every earlier token that is exactly as deep. So depths
+    never increase from token to token, tokens of one depth are neighbours, and every token passes every layer once,
+    when the keys and values of all earlier tokens are there: states and cache are those of a plain forward.
 
     Args:
         parts (`Layerwise`): the model.
         runner (`ModelRunner`): its cache.
-        limit (`int`): rows at most.
+        limit (`int`): tokens at most.
 
     Attributes:
-        depths (`list[int]`): layers that each row has passed.
-        recordings (`list[Recording]`): of each row.
-        states (`torch.Tensor` of shape `[1, limit, H]`): each row's state at its depth.
-        layer_calls, row_layers (`int`): layers called, and the sum of the rows that they took.
+        depths (`list[int]`): layers that each token has passed.
+        recordings (`list[Recording]`): of each token.
+        states (`torch.Tensor` of shape `[1, limit, H]`): each token's state at its depth.
+        layer_calls, token_layers (`int`): layers called, and the sum of the tokens that they took.
     """
 
     def __init__(self, parts: Layerwise, runner: ModelRunner, limit: int) -> None:
         self.parts, self.runner, self.limit = parts, runner, limit
         self.depths: list[int] = []
         self.recordings: list[Recording] = []
-        self.layer_calls = self.row_layers = self.start = 0
-        self.states: Any = None  # allocated for the first row's dtype and device
+        self.layer_calls = self.token_layers = self.start = 0
+        self.states: Any = None  # allocated for the first token's dtype and device
         self._steps: dict[int, Step] = {}
 
-    def begin(self, start: int) -> None:
-        """Forget the rows; the next one lies at position `start`."""
+    def restart(self, start: int) -> None:
+        """Forget the tokens; the next one lies at position `start`."""
         self.start, self.depths, self.recordings = start, [], []
 
     def push(self, token: torch.Tensor) -> None:
-        """Add a row at depth 0: the token `[1, 1]` that follows the last row's."""
-        row = len(self.depths)
-        recording = self.parts.record_at(self.runner, token, self.start + row)
-        self._steps = {row: cast(Step, self.runner.cache.step)}  # steps end at the newest row
+        """Add a token `[1, 1]` at depth 0, behind the last one."""
+        newest = len(self.depths)
+        recording = self.parts.record_at(self.runner, token, self.start + newest)
+        self._steps = {newest: cast(Step, self.runner.cache.step)}  # steps end at the newest token
         if self.states is None:
             self.states = recording.hidden.new_empty(1, self.limit, recording.hidden.shape[-1])
-        self.states[:, row : row + 1] = recording.hidden
+        self.states[:, newest : newest + 1] = recording.hidden
         self.depths.append(0)
         self.recordings.append(recording)
 
     def advance(self) -> int:
-        """Run the next layer on the newest row and on all rows as deep; return the first of them."""
+        """Run the next layer on the newest token and on all tokens as deep; return the index of the first."""
         layer, count = self.depths[-1], len(self.depths)
         first = self.depths.index(layer)
         if first not in self._steps:
-            self._steps[first] = Step([self.start + first], count - first, self.runner.device)
+            self._steps[first] = self.runner.cache.begin(Address([self.start + first], count - first))
         step = self.runner.cache.step = self._steps[first]
         if first == count - 1:
             call = self.recordings[first].calls[layer]
         else:
             call = self.parts.join(layer, self.recordings[first:], self.runner.cache, step)
-        rows = self.states[:, first:count]
-        rows.copy_(run_layer(self.parts.layers[layer], rows, call))
+        states = self.states[:, first:count]
+        states.copy_(run_layer(self.parts.layers[layer], states, call))
         self.depths[first:] = [layer + 1] * (count - first)
         self.layer_calls += 1
-        self.row_layers += count - first
+        self.token_layers += count - first
         return first
 
 
@@ -349,15 +350,15 @@ def _beside(module: nn.Module, layers: nn.Module) -> list[nn.Module]:
     return [m for child in module.children() if child is not layers for m in _beside(child, layers)]
 
 
-def _row_dims(one: Any, two: Any) -> Any:
+def _token_dims(one: Any, two: Any) -> Any:
     """Return, in the structure of a layer's arguments, the dimension that differs between one token and two."""
     if isinstance(one, torch.Tensor):
         differs = [dim for dim in range(one.dim()) if one.shape[dim] != two.shape[dim]]
         return differs[0] if differs else None
     if isinstance(one, dict):
-        return {key: _row_dims(value, two[key]) for key, value in one.items()}
+        return {key: _token_dims(value, two[key]) for key, value in one.items()}
     if isinstance(one, (tuple, list)):
-        return tuple(_row_dims(a, b) for a, b in zip(one, two, strict=True))
+        return tuple(_token_dims(a, b) for a, b in zip(one, two, strict=True))
     return None
 
 
@@ -369,8 +370,7 @@ def _joined(parts: Sequence[Any], dims: Any, cache: Cache, step: Step) -> Any:
     if isinstance(last, Step):
         return step
     if isinstance(last, torch.Tensor) and dims is not None and len(parts) > 1:
-        key = tuple(id(part) for part in parts)
-        return step.memo(key, lambda: torch.cat(list(parts), dim=dims))
+        return step.joined(dims, *parts)
     if isinstance(last, dict):
         return {key: _joined([p[key] for p in parts], dims[key], cache, step) for key in last}
     if isinstance(last, tuple):

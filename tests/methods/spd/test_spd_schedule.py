@@ -141,8 +141,10 @@ def test_right_guesses_fill_the_pipeline(stages):
     with watched(model, module) as ticks:
         out = spd(model, module, ids, new)
     assert torch.equal(out.sequences, text)
-    assert out.speculation.method["ticks"] == len(ticks) == new + stages - 2
-    assert out.speculation.method["rejections"] == 0
+    assert len(ticks) == new + stages - 2
+    assert (out.speculation is None) is (stages == 1), "one stage drafts nothing"
+    if stages > 1:
+        assert (out.speculation.method["ticks"], out.speculation.method["rejections"]) == (len(ticks), 0)
     places = [{event[1] for event in events if event != "draft"} for events, _ in ticks]
     assert max(map(len, places)) == stages
     assert all(len(found) == stages for found in places[stages - 1 : -stages])
@@ -161,7 +163,7 @@ def test_no_tick_more_than_the_last_token_needs(stages):
             assert torch.equal(out.sequences, text[:, : 6 + new])
             again = (stages - 1) * max(new - 2, 0) * wrong
             assert len(ticks) == (0 if new == 1 else new + stages - 2 + again), (new, wrong)
-            assert (out.speculation is None) is (new == 1)
+            assert (out.speculation is None) is (new <= 2), "the last token is not guessed"
 
 
 def test_threads_run_the_stages_and_the_module_at_once(monkeypatch):

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from hf_specdec import SpecBoundConfig
 from hf_specdec.generation.methods.specbound.exit_heads import ExitHeads, ExitReader
 from hf_specdec.generation.methods.specbound.method import SpecBoundStrategy
-from hf_specdec.generation.models.layerwise import Rows
+from hf_specdec.generation.models.layerwise import Staircase
 from hf_specdec.generation.models.surgery import decoder_layers
 
 
@@ -115,7 +115,7 @@ class Round:
     accepted: int = 0
 
     @property
-    def row_layers(self):
+    def token_layers(self):
         return sum(rows for *_, rows in self.calls)
 
 
@@ -132,7 +132,7 @@ class Rounds:
 def rounds(model):
     """Note all rounds inside; the model must have been used before, because its first call runs a check."""
     seen = Rounds()
-    step, verify, push = SpecBoundStrategy.step, SpecBoundStrategy.verify, Rows.push
+    step, verify, push = SpecBoundStrategy.step, SpecBoundStrategy.verify, Staircase.push
 
     def noted_step(self, state):
         lengths = [layer.lengths.tolist() for layer in state.target.cache.layers]
@@ -147,9 +147,9 @@ def rounds(model):
         return result
 
     def noted_verify(self, state, draft):
-        seen.open.rows = len(self.rows.depths)
+        seen.open.rows = len(self.staircase.depths)
         if len(seen.open.parked) < draft.tokens.shape[1]:
-            seen.open.parked.append(self.rows.depths[-1])  # the draft after it ended the text, so it has no row
+            seen.open.parked.append(self.staircase.depths[-1])  # the draft after it ended the text, so it has no row
         return verify(self, state, draft)
 
     def noted_push(self, token):
@@ -177,7 +177,7 @@ def rounds(model):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SpecBoundStrategy, "step", noted_step)
             patch.setattr(SpecBoundStrategy, "verify", noted_verify)
-            patch.setattr(Rows, "push", noted_push)
+            patch.setattr(Staircase, "push", noted_push)
             yield seen
     finally:
         for handle in handles:
@@ -197,7 +197,7 @@ def scripted(script):
         return propose(self, state)
 
     def logits(self, layer, *_):
-        rows = strategies[0].rows
+        rows = strategies[0].staircase
         assert rows.depths[-1] == layer
         position = rows.start + len(rows.depths) - 1
         asked.append((position, layer))
@@ -271,7 +271,7 @@ def check_round(one, bound, layers=LAYERS):
     assert all(1 <= depth <= bound for depth in one.parked)
     calls = layers + sum(one.parked) - (one.parked[-1] if one.stop == "eos" else 0)
     assert len(one.calls) == calls
-    assert one.row_layers == one.rows * layers
+    assert one.token_layers == one.rows * layers
     deep = [call for call in one.calls if call[0] > bound]
     assert deep == [(depth, 0, one.rows) for depth in range(bound + 1, layers + 1)]
     assert one.calls[-len(deep) :] == deep or not deep
@@ -307,7 +307,7 @@ class Question(NamedTuple):
 def questions():
     """Note all questions to heads."""
     found, now = [], {}
-    propose, push, logits = SpecBoundStrategy.propose, Rows.push, ExitReader.logits
+    propose, push, logits = SpecBoundStrategy.propose, Staircase.push, ExitReader.logits
 
     def noted_propose(self, state):
         now.update(text=[state.text.tokens[:1, : state.committed[0] - 1]], strategy=self)
@@ -319,7 +319,7 @@ def questions():
         return push(self, token)
 
     def noted_logits(self, layer, *args):
-        answer, rows = logits(self, layer, *args), now["strategy"].rows
+        answer, rows = logits(self, layer, *args), now["strategy"].staircase
         newest = len(rows.depths)
         state = rows.states[:, newest - 1 : newest].clone()
         found.append(Question(torch.cat(now["text"], dim=1), rows.start, layer, state, answer.clone()))
@@ -327,7 +327,7 @@ def questions():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SpecBoundStrategy, "propose", noted_propose)
-        patch.setattr(Rows, "push", noted_push)
+        patch.setattr(Staircase, "push", noted_push)
         patch.setattr(ExitReader, "logits", noted_logits)
         yield found
 

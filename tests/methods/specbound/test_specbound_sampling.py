@@ -14,7 +14,7 @@ from scipy import stats
 from specbound_cases import SMALL, WARPED, lower_deep_layers, random_heads
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hf_specdec import SpecBoundConfig
+from hf_specdec import SpecBoundConfig, on_speculation
 from hf_specdec.generation import acceptance
 from hf_specdec.generation.methods.specbound import method as specbound
 from hf_specdec.generation.state import DecodingState
@@ -81,7 +81,7 @@ class Paths:
             self.chance = rule(*args)
             return self.chance
 
-        with self.patch.context() as patch:
+        with self.patch.context() as patch, on_speculation(self.stats.append):
             patch.setattr(acceptance, "acceptance_probability", noted_rule)
             patch.setattr(torch, "multinomial", self.multinomial)
             patch.setattr(torch, "rand", self.rand)
@@ -89,10 +89,9 @@ class Paths:
                 self.plan, self.done, self.mass = self.queue.pop(), [], 1.0
                 out = model.generate(
                     SMALL % model.config.vocab_size, assistant_strategy=config, do_sample=True, max_new_tokens=length,
-                    return_dict_in_generate=True, **kwargs,
+                    **kwargs,
                 )  # fmt: skip
-                self.stats.append(out.speculation)
-                key = tuple(out.sequences[0, SMALL.shape[1] :].tolist())
+                key = tuple(out[0, SMALL.shape[1] :].tolist())
                 found[key] = found.get(key, 0.0) + self.mass
         return found
 

@@ -161,7 +161,7 @@ def test_layer_calls_fall_where_the_middle_layers_have_converged():
 
 
 def test_a_replay_is_what_its_costs_say():
-    costs = Costs(layer=[1.0, 1.5], head=[4.0, 5.0, 6.0], test=0.5, row=0.25, round=2.0, plain=14.0)
+    costs = Costs(layer=[1.0, 1.5], head=[4.0, 5.0, 6.0], test=0.5, token=0.25, round=2.0, plain=14.0)
     # positions 0 to 5: an exit at 1, at 2 after a failed test, a wrong one at 1, none, an exit at 1, the end
     sure = {1: [0.9, 0.1, 0.9, 0.1, 0.9, 0.1], 2: [0.9, 0.9, 0.9, 0.1, 0.9, 0.1]}
     hits = {1: [True, False, False, False, True, False], 2: [True, True, True, True, True, True]}
@@ -173,7 +173,7 @@ def test_a_replay_is_what_its_costs_say():
     # round 1 drafts at 0 and 1, both right, and stops by width; round 2 begins at 3 and is difficult at once; round 3
     # drafts at 4, where one more token may follow: nothing wrong was drafted, so nothing is guessed at
     one = 2.0 + 3 * 0.25 + (0.5 + 1.0) + 6.0
-    # row 0 leaves at 1; row 1 takes layer 1 alone, layer 2 with row 0; row 2 layers 1 and 2 alone, the others with all
+    # token 0 leaves at 1; token 1 takes layer 1 alone, 2 with token 0; token 2 takes both alone, the others with all
     one += 1.0 + 1.0 + 1.5 + 1.0 + 1.0 + 6 * 1.5
     two = 2.0 + 0.25 + 1.0 + 4.0 + 8.0
     three = 2.0 + 2 * 0.25 + 0.5 + 5.0 + 1.0 + 1.0 + 7 * 1.5
@@ -187,7 +187,7 @@ def test_predictions_are_within_a_fifth_of_the_counters(target, passages, traine
     depth, costs = 8, Costs([1.0], [2.0], 0.5, 0.1, 0.5, 10.5)
     config = SpecBoundConfig(adapter=str(trained), tau=0.4, alpha=0.3, num_assistant_tokens=4, max_depth=4)
     options = {"max_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
-    traces, calls, tests, rows, rounds, tokens = [], 0, 0, 0, 0, 0
+    traces, calls, tests, pushed, rounds, tokens = [], 0, 0, 0, 0, 0
     for place, row in enumerate(passages[36:44]):
         ids = torch.tensor([row])
         if place < 4:  # predicted from these
@@ -197,9 +197,10 @@ def test_predictions_are_within_a_fifth_of_the_counters(target, passages, traine
         out = target.generate(ids, assistant_strategy=config, return_dict_in_generate=True, **options)
         stats = out.speculation  # and held against these
         calls, tests = calls + stats.method["layer_calls"], tests + stats.method["tests"]
-        rows += stats.method["row_layers"] // depth
-        rounds, tokens = rounds + stats.num_drafts, tokens + sum(map(sum, stats.accept_lengths))
-    spent = calls * 1.0 + tests * 0.5 + rows * 0.1 + rounds * 2.5
+        pushed += stats.method["token_layers"] // depth
+        rounds += sum(map(len, stats.accept_lengths))
+        tokens += sum(map(sum, stats.accept_lengths))
+    spent = calls * 1.0 + tests * 0.5 + pushed * 0.1 + rounds * 2.5
     counted = tokens * costs.plain / spent
     predicted = replay(traces, [2, 4], 0.3, 0.4, 4, depth, costs)
     assert predicted.speedup == pytest.approx(counted, rel=0.2)
@@ -210,7 +211,7 @@ def test_profile_and_calibration_run_and_choose_from_the_grid(target, passages, 
     heads = load_exit_heads(target, str(trained))
     prompts = [torch.tensor([row]) for row in passages[36:39]]
     costs = profile_specbound(target, heads, prompts[0], width=2, repeats=2)
-    assert len(costs.layer) == len(costs.head) == 3 and min(*costs.layer, *costs.head, costs.test, costs.row) > 0
+    assert len(costs.layer) == len(costs.head) == 3 and min(*costs.layer, *costs.head, costs.test, costs.token) > 0
     config = SpecBoundConfig(adapter=str(trained))
     chosen, predicted, costs = calibrate_specbound(target, config, prompts, new_tokens=12, repeats=1)
     assert chosen.adapter == str(trained) and set(chosen.exit_layers) <= {2, 4}
@@ -268,7 +269,6 @@ def test_the_command_calibrates_and_refuses(monkeypatch, tmp_path):
         ["calibrate", "specbound", "--adapter", str(tmp_path / "nowhere")],
         ["bench", "--ablate", "vegas"],
     ):
-        monkeypatch.setattr("hf_specdec.commands.main.load_model", lambda *_: (tiny_llama().float(), None))
         monkeypatch.setattr("hf_specdec.commands.calibrate.load_model", lambda *_: (tiny_llama().float(), None))
         monkeypatch.setattr("hf_specdec.texts.long_prompt", lambda *_: [3, 4, 5])
         monkeypatch.setattr(sys, "argv", ["hf-specdec", *arguments])

@@ -7,7 +7,7 @@ import math
 import families
 import pytest
 import torch
-from via_sd_cases import LONG, MIXED, OFF, Reference, kept, lossless, lossy, measured, spied
+from via_sd_cases import LONG, MIXED, OFF, Reference, lossless, lossy, mask, measured, spied
 
 from hf_specdec.generation.methods.via_sd.tiers import Tiers
 
@@ -49,20 +49,20 @@ def test_the_audit_is_what_a_whole_pass_says(pair, prompt, sample, settings):
     expected = audited(pair, prompt, config, new, found, sample)
     assert 0 < expected["match_rate"] < 1 and expected["audited"] > 10
     assert found.method["audit"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    quiet = measured(pair, prompt, config.override(audit=False), max_new_tokens=60)[1].method["audit"]
+    quiet = measured(pair, prompt, config.override(audit=None), max_new_tokens=60)[1].method["audit"]
     assert quiet == {"audited": 0}
 
 
 def thresholds_over_time(pair, prompt, config, **kwargs):
     """Return tau_accept, regen_min_conf and the running share of misses after every audit."""
-    noted, original = [], Tiers._audit
+    noted, original = [], Tiers._compare
 
-    def audit(self, *args):
+    def compare(self, *args):
         original(self, *args)
-        noted.append((self.thresholds[0], self.regen_min_conf, self.missed))
+        noted.append((self.gate.accept, self.gate.sure, self.audit.missed))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tiers, "_audit", audit)
+        patch.setattr(Tiers, "_compare", compare)
         measured(pair, prompt, config, **kwargs)
     return noted
 
@@ -71,13 +71,13 @@ def test_tightening_follows_the_audit(pair, prompt):
     start = {"tau_accept": 0.4, "tau_escalate": 0.2, "regen_min_conf": 0.1, "max_pending": 3}
     config = lossy(**{**OFF, **start})
     assert {noted[:2] for noted in thresholds_over_time(pair, prompt, config, max_new_tokens=60)} == {(0.4, 0.1)}
-    config = config.override(audit_action="tighten", audit_target=0.3)
+    config = config.override(audit="tighten", audit_target=0.3)
     both = 0
     for noted in (
         thresholds_over_time(pair, prompt, config, max_new_tokens=100),
         # drafts that the model itself would have made: nothing to complain of
         thresholds_over_time(
-            (pair[0], pair[0]), prompt, config.override(keep_mask=kept(()), audit_target=0.1), max_new_tokens=60
+            (pair[0], pair[0]), prompt, config.override(adapter=mask(()), audit_target=0.1), max_new_tokens=60
         ),
     ):
         accept, regen = 0.4, 0.1
@@ -93,9 +93,9 @@ def test_tightening_follows_the_audit(pair, prompt):
 
 def test_a_tightened_gate_decides(pair, prompt):
     """The thresholds that rise are the ones in use: fewer tokens of tier A than under the configured ones."""
-    config = lossy(**{**OFF, "tau_accept": 0.3, "tau_escalate": 0.25, "max_pending": 3, "bonus_min_conf": 1.01})
+    config = lossy(**{**OFF, "tau_accept": 0.3, "tau_escalate": 0.25, "max_pending": 3, "bonus_min_conf": None})
     loose = measured(pair, prompt, config, max_new_tokens=100)[1].method["tiers"]
-    config = config.override(audit_action="tighten", audit_target=0.01)
+    config = config.override(audit="tighten", audit_target=0.01)
     tight = measured(pair, prompt, config, max_new_tokens=100)[1].method["tiers"]
     assert tight["A"] < loose["A"] - 5
 
@@ -105,7 +105,7 @@ def test_the_heuristic_drafts_more_after_whole_blocks(pair, prompt, mode):
     """+2 after a block that stayed whole, -1 after any other, at most 16."""
     target = pair[0]
     for draft, expected in ((target, [3, 5, 7, 9]), (families.build("Llama", seed=9), [3, 2, 1, 1])):
-        changes = {"num_assistant_tokens_schedule": "heuristic", "num_assistant_tokens": 3, "keep_mask": kept(())}
+        changes = {"num_assistant_tokens_schedule": "heuristic", "num_assistant_tokens": 3, "adapter": mask(())}
         if mode == "lossy":
             config = lossy(**OFF, tau_accept=1.0, tau_escalate=1.0, **changes)
         else:

@@ -28,7 +28,6 @@ from via_sd_cases import (
     without,
 )
 
-from hf_specdec.generation import acceptance
 from hf_specdec.generation.methods.via_sd import laws
 from hf_specdec.generation.runner import ModelRunner
 
@@ -104,7 +103,7 @@ def test_gate_does_not_move_with_the_temperature(pair, prompt, config, monkeypat
         seen.append((original(log_ratio, confidence, *args, **kwargs).tolist(), confidence.tolist()))
         return original(log_ratio, confidence, *args, **kwargs)
 
-    monkeypatch.setattr(acceptance, "tiers", noted)
+    monkeypatch.setattr(laws, "tiers", noted)
     found = []
     for temperature in (0.3, 1.0, 1.5):
         seen.clear()
@@ -193,7 +192,7 @@ def test_ends_of_the_text_in_tiers(pair, prompt, gamma, guard):
 
 def test_an_unsure_end_is_left_to_the_model(pair, prompt):
     """A drafted end that is no argmax of the slim verifier is kept without the guard, and escalated with it."""
-    open_settings = {**OFF, "tau_accept": 0.05, "tau_escalate": 0.0, "bonus_min_conf": 1.01}
+    open_settings = {**OFF, "tau_accept": 0.05, "tau_escalate": 0.0, "bonus_min_conf": None}
     reference = Reference(pair, prompt)
     ((tokens, letters),) = reference.lossy(lossy(**open_settings), 24)
     places = [

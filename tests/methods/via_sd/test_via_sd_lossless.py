@@ -5,9 +5,10 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from via_sd_cases import ALARM, RULES, Reference, generate, kept, lossless, own, p_value, sampled, stock
+from via_sd_cases import ALARM, RULES, SKIP, Reference, generate, lossless, mask, own, p_value, sampled, stock
 
 from hf_specdec.generation import acceptance
+from hf_specdec.generation.methods.via_sd import laws
 
 
 # lossless: every rule gives the model's own text
@@ -18,9 +19,9 @@ from hf_specdec.generation import acceptance
 @pytest.mark.parametrize("kind", ["usual", "useless", "whole"])
 def test_greedy_lossless_equals_stock(pair, rule, gamma, stage, kind):
     """Also with a slim verifier that resembles the model in nothing, and with one that is the model."""
-    mask = {"usual": kept(), "useless": kept((1, 4)), "whole": kept(())}[kind]
+    skip = {"usual": SKIP, "useless": (1, 4), "whole": ()}[kind]
     ids, attention = families.prompts((14, 6))
-    config = lossless(lossless_rule=rule, num_assistant_tokens=gamma, stage_len=stage, keep_mask=mask)
+    config = lossless(lossless_rule=rule, num_assistant_tokens=gamma, stage_len=stage, adapter=mask(skip))
     expected = stock(pair[0], ids, attention)
     out = generate(pair, ids, config, attention_mask=attention, max_new_tokens=40, return_dict_in_generate=True)
     assert torch.equal(out.sequences, expected)
@@ -47,7 +48,7 @@ def target_distribution(tiny):
     return own(Reference(*tiny, skip=(2, 3), sample=True).q)
 
 
-FLAT_RULE = {"num_assistant_tokens": 2, "keep_mask": kept((2, 3), 5), "tau_accept": 0.8, "tau_escalate": 0.4}
+FLAT_RULE = {"num_assistant_tokens": 2, "adapter": mask((2, 3), 5), "tau_accept": 0.8, "tau_escalate": 0.4}
 LAW_OF = {
     "exact": {},
     "exact, long stages": {"stage_len": 3, "num_assistant_tokens": 1},
@@ -100,7 +101,7 @@ def test_a_wrong_proposal_distribution_is_found(tiny, target_distribution, name,
 
         monkeypatch.setattr(acceptance, "draw_next", from_target)
     else:
-        monkeypatch.setattr(acceptance, function, mutant)
+        monkeypatch.setattr(laws, function, mutant)
     torch.manual_seed(11)
     config = lossless(**{**FLAT_RULE, **sharp}, lossless_rule=rule, regen_min_conf=0.0)
     found = sampled(tiny, config, calls=10)

@@ -20,9 +20,9 @@ from via_sd_cases import (
     SKIP,
     Spy,
     generate,
-    kept,
     lossless,
     lossy,
+    mask,
     measured,
     slim_logits,
     spied,
@@ -49,7 +49,7 @@ def test_forwards_equal_fresh_ones_at_every_round(name, cache):
     if name in families.SINGLE:
         target.float()
     pair, ids = (target, families.perturbed(target, 0.04)), families.prompts((19,))[0]
-    config = lossy(**LONG, slim_cache=cache, keep_mask=kept(skip, 5))
+    config = lossy(**LONG, slim_cache=cache, adapter=mask(skip, 5))
     new, found, spy = spied(pair, ids, config, max_new_tokens=40)
     text, slim = torch.cat([ids, torch.tensor([new])], dim=1), without(target, skip)
     tolerance = 2e-4 if name in families.SINGLE else 1e-9
@@ -92,7 +92,7 @@ def test_left_out_modules_are_not_run_in_slim_passes(pair, prompt, granularity, 
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ModelRunner, "forward", forward)
-            config = lossy(**LONG, keep_mask=kept(skip, units), granularity=granularity)
+            config = lossy(**LONG, adapter=mask(skip, units, granularity))
             measured(pair, prompt, config, max_new_tokens=40)
     finally:
         for handle in handles:
@@ -105,7 +105,7 @@ def test_left_out_modules_are_not_run_in_slim_passes(pair, prompt, granularity, 
 
 def test_slim_logits_differ_unless_nothing_is_left_out(pair, prompt):
     for skip, same in ((SKIP, False), ((), True)):
-        spy = spied(pair, prompt, lossy(**LONG, keep_mask=kept(skip)), max_new_tokens=3)[2]
+        spy = spied(pair, prompt, lossy(**LONG, adapter=mask(skip)), max_new_tokens=3)[2]
         _, tokens, (start,), logits = spy.of("s")[0]
         fresh = pair[0](torch.cat([prompt[:, :start], tokens[:, :1]], dim=1)).logits[:, -1]
         gap = (logits[:, 0] - fresh).abs().max()
@@ -215,7 +215,7 @@ def test_an_exception_in_a_slim_pass_leaves_the_model_as_it_was(pair, prompt, at
 
 @pytest.mark.parametrize("gamma", [1, 2, 4])
 def test_where_all_escalates_it_is_plain_speculative_decoding(pair, prompt, gamma):
-    everything = {"tau_accept": 1.01, "tau_escalate": 1.01, "bonus_min_conf": 1.01}
+    everything = {"tau_accept": None, "tau_escalate": None, "bonus_min_conf": None}
     new, found = measured(
         pair, prompt, lossy(**{**OFF, **everything, "num_assistant_tokens": gamma}), max_new_tokens=40
     )
@@ -232,10 +232,10 @@ def test_where_all_escalates_it_is_plain_speculative_decoding(pair, prompt, gamm
 
 def test_the_model_as_drafter_and_slim_verifier_is_kept_always(pair, prompt):
     target = pair[0]
-    config = lossy(**BARE, tau_accept=1.0, keep_mask=kept(()))
+    config = lossy(**BARE, tau_accept=1.0, adapter=mask(()))
     new, found = measured((target, target), prompt, config, max_new_tokens=24)
     assert new == stock(target, prompt, torch.ones_like(prompt), max_new_tokens=24)[0, prompt.shape[1] :].tolist()
     assert found.method["tier_ids"] == ["Q" + 22 * "A" + "Q"]  # nothing is drafted for the last token
-    config = lossy(**OFF, tau_accept=1.0, keep_mask=kept(()))
+    config = lossy(**OFF, tau_accept=1.0, adapter=mask(()))
     _, found = measured((target, target), prompt, config, max_new_tokens=24)
     assert found.method["tier_ids"] == ["Q" + 5 * "AAAS" + "AAS"]

@@ -20,6 +20,7 @@ from hf_specdec.bench.plan_via_sd import (
     read_parameters,
 )
 from hf_specdec.commands.main import main
+from hf_specdec.generation.methods.via_sd.laws import Gate
 from hf_specdec.generation.methods.via_sd.slim_model import Slim, Units
 from hf_specdec.training.data import Text, save_texts
 from hf_specdec.training.scoring import SlimScorer
@@ -105,10 +106,10 @@ def measured():
 def test_rates_are_those_of_the_logits(measured, sampling):
     model, assistant, scorer = measured
     whole = Slim("layer", [True] * 4, {})
-    same = measure_rates(scorer, model, whole, (0.7, 0.5), 0.0, sampling=sampling)
+    same = measure_rates(scorer, model, whole, Gate(0.7, 0.5), sampling=sampling)
     assert (same.two_tier, same.inner, same.outer) == pytest.approx((1, 1, 1), abs=1e-5)
     assert same.delta == pytest.approx(0, abs=1e-4)
-    found = measure_rates(scorer, assistant, Slim("layer", KEEP, {}), (0.7, 0.5), 0.0, sampling=sampling)
+    found = measure_rates(scorer, assistant, Slim("layer", KEEP, {}), Gate(0.7, 0.5), sampling=sampling)
     assert sum(found.tiers) == pytest.approx(1, abs=1e-5)
     expected = 0.0
     for index, text in enumerate(scorer.texts):

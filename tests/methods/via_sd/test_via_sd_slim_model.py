@@ -94,8 +94,8 @@ def write_lora(folder, model, skip=SKIP, seed=0, scale=0.3, cache_mode="own", **
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": names, "bias": "none", **changes}
     (inner / "adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, inner / "adapter_model.safetensors")
-    config, calibration = ViaSDConfig(num_assistant_tokens=3), {"agreement": 0.9}
-    save_slim(folder, config, model, units, kept(skip), calibration, {"trained_cache_mode": cache_mode})
+    config, lora = ViaSDConfig(num_assistant_tokens=3), {"trained_cache_mode": cache_mode}
+    save_slim(folder, model, kept(skip, len(units)), config=config, calibration={"agreement": 0.9}, lora=lora)
     return str(folder)
 
 
@@ -146,14 +146,14 @@ def test_a_lora_works_in_slim_passes_only(pair, prompt, tmp_path, monkeypatch):
         monkeypatch.setattr(
             peft.PeftModel, name, lambda *_, **__: pytest.fail("PEFT is not to be used in decoding"), raising=False
         )
-    config = lossy(**MIXED, keep_mask=None, adapter=folder)
+    config = lossy(**MIXED, adapter=folder)
     found = check_greedy(pair, prompt, config, reference=reference)
     assert found.method["slim_cache"] == "own" and found.method["tiers"]["C"] > 0
     spy = spied(pair, prompt, config, max_new_tokens=20)[2]
     first = spy.of("q")[0]
     assert torch.equal(first[3], spied(pair, prompt, lossy(**MIXED), max_new_tokens=2)[2].of("q")[0][3])
     for rule in RULES:
-        config = lossless(keep_mask=None, adapter=folder, lossless_rule=rule)
+        config = lossless(adapter=folder, lossless_rule=rule)
         assert torch.equal(
             generate(pair, prompt, config, max_new_tokens=40), stock(target, prompt, torch.ones_like(prompt))
         )
@@ -180,13 +180,12 @@ def test_no_adapter_is_switched_while_decoding():
 def test_mismatches_of_mask_model_and_cache_are_refused(pair, prompt, tmp_path):
     target = pair[0]
     folder = write_lora(tmp_path / "good", target)
-    config = lossless(keep_mask=None, adapter=folder)
+    config = lossless(adapter=folder)
     assert torch.equal(
         generate(pair, prompt, config, max_new_tokens=40), stock(target, prompt, torch.ones_like(prompt))
     )
     refused(pair, prompt, config.override(slim_cache="shared"), "shared")
-    refused(pair, prompt, config.override(keep_mask=kept((1, 3))), "keep_mask")
-    generate(pair, prompt, config.override(keep_mask=kept(), slim_cache="own"), max_new_tokens=4)
+    generate(pair, prompt, config.override(slim_cache="own"), max_new_tokens=4)
     # another mask beside the LoRA
     other = write_lora(tmp_path / "mask", target)
     rewrite(other, lambda record: record.update(keep_mask=kept((1, 3))))

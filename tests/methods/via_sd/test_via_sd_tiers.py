@@ -26,8 +26,8 @@ from via_sd_cases import (
     Reference,
     check_greedy,
     generate,
-    kept,
     lossy,
+    mask,
     measured,
     p_value,
     sampled,
@@ -35,11 +35,12 @@ from via_sd_cases import (
 
 from hf_specdec.generation import acceptance
 from hf_specdec.generation.methods.via_sd import laws
+from hf_specdec.generation.methods.via_sd.laws import Gate
 
 
 LOSSY = {
     "mixed": MIXED,
-    "paper": {"alpha1": 0.5, "alpha2": 0.3, **BARE},
+    "paper": {"tau_accept": 0.7, "tau_escalate": 0.5, **BARE},
     "safe": {"regen_min_conf": 0.15, "bonus_min_conf": 0.15, "max_pending": 6},
     "token": {**MIXED, "tau_accept": 0.9, "tau_escalate": 0.6, "escalate_scope": "token"},
     "block": {**MIXED, "tau_accept": 0.9, "tau_escalate": 0.6},
@@ -74,14 +75,13 @@ def test_greedy_tiers_under_processors_that_read_the_prefix(pair, prompt, cache)
 @pytest.mark.parametrize("skip", [(4, 7), (1, 5, 6)])
 @pytest.mark.parametrize("cache", ["shared", "own"])
 def test_greedy_tiers_without_halves_of_layers(pair, prompt, cache, skip):
-    mask = kept(skip, 2 * LAYERS)
-    config = lossy(**MIXED, slim_cache=cache, keep_mask=mask, granularity="sublayer")
+    config = lossy(**MIXED, slim_cache=cache, adapter=mask(skip, 2 * LAYERS, "sublayer"))
     reference = Reference(pair, prompt, skip, "sublayer", shared=cache == "shared")
     check_greedy(pair, prompt, config, reference=reference)
 
 
 # settings under which all tiers come up for flat distributions of four words
-FLAT = {**OFF, "tau_accept": 0.8, "tau_escalate": 0.4, "num_assistant_tokens": 2, "keep_mask": kept((2, 3), 5)}
+FLAT = {**OFF, "tau_accept": 0.8, "tau_escalate": 0.4, "num_assistant_tokens": 2, "adapter": mask((2, 3), 5)}
 SAMPLED = {
     "tiers": {"bonus_min_conf": 0.4},
     "token scope": {"escalate_scope": "token", "bonus_min_conf": 0.4, "tau_escalate": 0.5},
@@ -116,9 +116,12 @@ def test_a_wrong_distribution_of_tiers_is_found(tiny, mutant, monkeypatch):
     distribution = Reference(*tiny, skip=(2, 3), shared=False, sample=True).lossy(config, LENGTH)
     if mutant == "gate":
         original = laws.tiers
-        monkeypatch.setattr(
-            acceptance, "tiers", lambda r, m, t, *a, **k: original(r, m, (0.9 * t[0], 0.9 * t[1]), *a, **k)
-        )
+
+        def wider(log_ratio, confidence, gate, **kwargs):
+            gate = gate._replace(accept=0.9 * gate.accept, escalate=0.9 * gate.escalate)
+            return original(log_ratio, confidence, gate, **kwargs)
+
+        monkeypatch.setattr(laws, "tiers", wider)
     else:
         monkeypatch.setattr(acceptance, "residual_distribution", lambda target, draft: target)
     torch.manual_seed(5)
@@ -128,7 +131,7 @@ def test_a_wrong_distribution_of_tiers_is_found(tiny, mutant, monkeypatch):
 
 def test_the_coupled_distribution_is_that_of_tiers_a_and_b(tiny):
     """Rounds end elsewhere, tokens have one distribution: drafts in T, the slim verifier's draws for all others."""
-    settings = {**FLAT, "tau_escalate": 0.0, "bonus_min_conf": 1.01, "slim_cache": "own", "num_assistant_tokens": 1}
+    settings = {**FLAT, "tau_escalate": 0.0, "bonus_min_conf": None, "slim_cache": "own", "num_assistant_tokens": 1}
     distribution = {}
     for (tokens, _), mass in (
         Reference(*tiny, skip=(2, 3), shared=False, sample=True).lossy(lossy(**settings), LENGTH).items()
@@ -175,7 +178,7 @@ def test_tiers_and_distributions_by_enumeration(accept, escalate, regen):
     p, s, q = random_distributions(3)
     tier = tiers_of(s, accept, escalate, regen)
     log_ratio, confidence = laws.slim_ratio(s.log() + 3.0)
-    found = laws.tiers(log_ratio, confidence[:, None], (accept, escalate), regen)
+    found = laws.tiers(log_ratio, confidence[:, None], Gate(accept, escalate, regen))
     assert torch.equal(found, tier)
     torch.testing.assert_close(confidence.double(), s.max(-1).values, rtol=1e-6, atol=0)
     lossy, gate = torch.zeros_like(p), torch.zeros_like(p)
@@ -212,5 +215,15 @@ def test_extreme_logits_have_a_ratio():
     """No softmax, so nothing underflows: a word 200 nats below the best one has log r = -200."""
     log_ratio, confidence = laws.slim_ratio(torch.tensor([[300.0, 100.0, -torch.inf]], dtype=torch.float64))
     assert log_ratio.tolist() == [[0.0, -200.0, -math.inf]] and confidence.item() == 1.0
-    found = laws.tiers(log_ratio, confidence[:, None], (math.exp(-150), math.exp(-250)))
+    found = laws.tiers(log_ratio, confidence[:, None], Gate(math.exp(-150), math.exp(-250)))
     assert found.tolist() == [[0, 1, 2]]
+
+
+def test_what_no_value_reaches_is_never_decided_by_the_slim_verifier():
+    log_ratio, confidence = laws.slim_ratio(torch.tensor([[9.0, 8.9, 0.0]]))
+    never = math.inf
+    for gate, expected in (
+        (Gate(never, never, 0.0), [2, 2, 2]), (Gate(never, 0.0, 0.0), [1, 1, 1]), (Gate(0.9, 0.5, never), [0, 0, 2]),
+        (Gate(never, 0.5, 0.0), [1, 1, 2]), (Gate(1.0, 0.5, never), [0, 2, 2]),
+    ):  # fmt: skip
+        assert laws.tiers(log_ratio, confidence[:, None], gate).tolist() == [expected]

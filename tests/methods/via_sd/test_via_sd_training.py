@@ -182,8 +182,7 @@ def learner():
 @pytest.fixture(scope="module")
 def masked(learner, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mask")
-    units = Units(learner[0], "layer")
-    save_slim(folder, ViaSDConfig(), learner[0], units, kept((2, 3), 5), {"agreement": 0.5})
+    save_slim(folder, learner[0], kept((2, 3), 5), calibration={"agreement": 0.5})
     return folder
 
 

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from contextlib import contextmanager
 
+import families
 import pytest
 import torch
 from scipy import stats
@@ -27,12 +28,17 @@ ALARM = 1e-4
 LAYERS, SKIP = 6, (2, 3)
 RULES = ("exact", "gate", "prefilter")
 OFF = {"regen_min_conf": 0.0, "bonus_min_conf": 0.0, "max_pending": None, "eos_guard": False}
-BARE = {**OFF, "bonus_min_conf": 1.01}
+BARE = {**OFF, "bonus_min_conf": None}
 MIXED = {**OFF, "tau_accept": 0.7, "tau_escalate": 0.2, "bonus_min_conf": 0.12}  # all tiers come up
 
 
 def kept(skip=SKIP, units=LAYERS):
     return [unit not in skip for unit in range(units)]
+
+
+def mask(skip=SKIP, units=LAYERS, granularity="layer"):
+    """Return the name of a mask that lacks some units."""
+    return families.mask(kept(skip, units), granularity)
 
 
 def weaken(model, layers, scale):
@@ -50,13 +56,13 @@ def weaken(model, layers, scale):
 
 def lossy(**changes):
     """Return settings of the lossy mode with a mask that nobody has measured."""
-    changes = {"num_assistant_tokens": 3, "keep_mask": kept(), **changes}
+    changes = {"num_assistant_tokens": 3, "adapter": mask(), **changes}
     return ViaSDConfig(mode="lossy", force=True, **changes)
 
 
 def lossless(**changes):
     """Return settings of the lossless mode whose stages do not end at once on flat distributions."""
-    changes = {"num_assistant_tokens": 3, "keep_mask": kept(), "stage_stop_conf": 0.0, "stage_len": 5, **changes}
+    changes = {"num_assistant_tokens": 3, "adapter": mask(), "stage_stop_conf": 0.0, "stage_len": 5, **changes}
     if changes.get("lossless_rule") == "gate":
         changes = {"tau_accept": 0.7, "tau_escalate": 0.2, "regen_min_conf": 0.0, **changes}
     return ViaSDConfig(**changes)
@@ -186,14 +192,14 @@ class Reference:
             token in eos and config.eos_guard and not (ratio == 1 and self._enough(config, sure))
         ):
             return "C"
-        accept, escalate = config.thresholds
+        accept, escalate = (math.inf if tau is None else tau for tau in (config.tau_accept, config.tau_escalate))
         if ratio >= accept:
             return "A"
         return "B" if ratio >= escalate and self._enough(config, sure) else "C"
 
     @staticmethod
     def _enough(config, sure):
-        return sure >= config.regen_min_conf
+        return config.regen_min_conf is not None and sure >= config.regen_min_conf
 
     def lossy(self, config, length, eos=()):
         """Return the probability of every (tokens, tiers) of a call, as a dictionary."""
@@ -256,10 +262,10 @@ class Reference:
 
             if not left:
                 sure, best = float(raw.max()), int(raw.argmax())
-                need = config.bonus_min_conf
+                writes = config.bonus_min_conf is not None and sure >= config.bonus_min_conf
                 if config.eos_guard and best in eos:
-                    need = max(need, config.regen_min_conf)
-                if sure >= need:
+                    writes = writes and self._enough(config, sure)
+                if writes:
                     each(distribution, lambda token, c: emit(out, letters, token, "S", mass * c, end))
                 elif room:
                     end(out, letters, mass)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 
 class DepthMap:
@@ -66,7 +66,7 @@ class DepthMap:
     @property
     def stage_layers(self) -> list[int]:
         """Layers of each stage."""
-        return [end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False)]
+        return [end - first for first, end in pairwise(self.bounds)]
 
     def produced(self, stage: int) -> list[int]:
         """Return the features that a token gains in a stage."""

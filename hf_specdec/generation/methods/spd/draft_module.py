@@ -1,8 +1,8 @@
 """`PipelineDraftModule`: SPD's drafter (arXiv 2605.30852, design v11). It guesses one token from hidden states.
 
-The target's hidden states of every token, as deep as the pipeline has carried it, are fused into one row per token by
-a linear map that depends on the depth. Decoder layers of the target's own family read the rows, the target's frozen
-final norm and a head of its own make logits over a draft vocabulary.
+The target's hidden states of every token, as deep as the pipeline has carried it, are fused into one by a linear map
+that depends on the depth. Decoder layers of the target's own family read the fused states, the target's frozen final
+norm and a head of its own make logits over a draft vocabulary.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .... import _compat
 from ....artefacts import AdapterReference
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
+from ....kernels.address import Address
 from ....kernels.dispatch import MaskSpec
-from ....kernels.step import Step
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_record, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, placed, run_layer
 from ...models.surgery import decoder_layers, place_layer
@@ -79,25 +79,25 @@ class PipelineDraftModule(nn.Module):
             self.layers = nn.ModuleList(_foreign_layer(model, family) for _ in templates)
         for place, layer in enumerate(self.layers):
             place_layer(layer, place)
-        rows = head.weight if self.reduced is None else self.reduced.weight
-        self.lm_head = nn.Linear(width, rows.shape[0], bias=False, device="meta")
-        self.lm_head.weight = nn.Parameter(rows.detach().clone())
+        weight = head.weight if self.reduced is None else self.reduced.weight
+        self.lm_head = nn.Linear(width, weight.shape[0], bias=False, device="meta")
+        self.lm_head.weight = nn.Parameter(weight.detach().clone())
         self.to(dtype=head.weight.dtype)
         if all(not p.is_meta for p in self.layers.parameters()):
             self.to(device=head.weight.device)
         self.__dict__.update(norm=Layerwise(model).norm)
 
     def fuse(self, kind: int, features: Features) -> torch.Tensor:
-        """Return the rows `[1, m, H]` of tokens that have the features of an aggregation type."""
+        """Return the fused states `[1, m, H]` of tokens that have the features of an aggregation type."""
         device = self.lm_head.weight.device  # stages may be on others
         parts = [features[index].to(device) for index in self.depths.of_type(kind)]
         return cast(torch.Tensor, self.feature_proj[kind](torch.cat(parts, dim=-1)))
 
-    def run(self, rows: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
-        """Return the last layer's output for rows `[b, m, H]`; `calls` holds the arguments of each layer."""
+    def run(self, fused: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
+        """Return the last layer's output for fused states `[b, m, H]`; `calls` holds each layer's arguments."""
         for layer, call in zip(self.layers, calls, strict=True):
-            rows = run_layer(layer, rows, call)
-        return rows
+            fused = run_layer(layer, fused, call)
+        return fused
 
     def score(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits `[..., V_d]` for the last layer's output `[..., H]`."""
@@ -196,30 +196,30 @@ class DraftReader:
             flying (`list[tuple[int, Features]]`): depth and features of the tokens after them, oldest first.
         """
         types = self.module.depths.types
-        rows = [self.module.fuse(types[-1], features) for features in finished]
-        rows += [self.module.fuse(types[depth], features) for depth, features in flying]
-        hidden = self._read(torch.cat(rows, dim=1))
+        fused = [self.module.fuse(types[-1], features) for features in finished]
+        fused += [self.module.fuse(types[depth], features) for depth, features in flying]
+        hidden = self._read(torch.cat(fused, dim=1))
         self.end += len(finished)
         return self.module.score(hidden[:, -1])
 
-    def _read(self, rows: torch.Tensor) -> torch.Tensor:
-        """Run rows that follow the cached ones, at their true positions."""
-        step = self.cache.begin(Step([self.end - self.first], rows.shape[1], rows.device))
-        positions = torch.arange(self.end, self.end + rows.shape[1], device=rows.device).clamp(max=self.last)
+    def _read(self, fused: torch.Tensor) -> torch.Tensor:
+        """Run the states of tokens that follow the cached ones, at their true positions."""
+        step = self.cache.begin(Address([self.end - self.first], fused.shape[1]))
+        positions = torch.arange(self.end, self.end + fused.shape[1], device=fused.device).clamp(max=self.last)
         recording = self.parts.record(
-            inputs_embeds=rows,
+            inputs_embeds=fused,
             position_ids=positions[None],
             past_key_values=self.cache,
             use_cache=True,
             specdec_step=step,
         )
         calls = [placed(recording.calls[index], self.cache, step, self.mask) for index in self.module.templates]
-        return self.module.run(rows, calls)
+        return self.module.run(fused, calls)
 
 
 def _depths(model: PreTrainedModel, reference: AdapterReference) -> DepthMap:
     """Return the depth map of an adapter that was made for `model`."""
-    record = cast("dict[str, Any]", reference.record)
+    record = reference.record
     if record["architecture"] != ARCHITECTURE:
         raise ValueError(
             f"The adapter in {reference.place} has the architecture {record['architecture']!r}; this release reads "
@@ -250,7 +250,7 @@ def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraf
 
 
 def _build(model: PreTrainedModel, adapter: Adapter) -> PipelineDraftModule:
-    record, depths = adapter.record, _depths(model, adapter.reference)
+    record, depths = adapter.record, _depths(model, adapter)
     ids, span, family = adapter.take_vocabulary("draft_token_ids"), record.get("train_span"), record.get("family")
     module = PipelineDraftModule(model, depths, record["templates"], ids, span, family, record)
     what = f"the tensors of a draft module with features {depths.features}"

@@ -39,10 +39,11 @@ from ...models.adapters import describe, read_record
 from ...models.surgery import decoder_layers
 from ...runner import Forward
 from ...state import DecodingState
+from ...stats import SpeculationStats
 from ...strategy import SpeculationStrategy, StepResult
 from .depth_map import DepthMap
 from .draft_module import KIND, DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
-from .pipeline import InThreads, Job, Pipeline, in_series
+from .pipeline import InThreads, Job, LocalPipeline, Pipeline, in_series
 from .ranked_pipeline import RankedPipeline, serve
 from .ranks import STOP, Ranks
 
@@ -167,6 +168,11 @@ class SPDStrategy(SpeculationStrategy):
         self.judged: Counter[int] = Counter()  # drafts by how many tokens were in flight before them
         self.accepted: Counter[int] = Counter()
 
+    @classmethod
+    def round_ms(cls, stats: SpeculationStats, draft_ms: float, verify_ms: float) -> float:
+        """Return the milliseconds of a tick: a token takes less than a forward, or several, and drafts meanwhile."""
+        return verify_ms * stats.target_forwards / stats.method["ticks"]
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Load the draft module, and check the stages against the model's layers and the adapter's."""
         config, layers = self.config, len(decoder_layers(model))
@@ -256,7 +262,7 @@ class SPDStrategy(SpeculationStrategy):
                 "The strategy 'spd' with schedule 'serial' runs the stages one after the other, so it measures "
                 "acceptance and gains no time; see `schedule`."
             )
-        return Pipeline(self.depths, run_all)
+        return LocalPipeline(self.depths, run_all)
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the prompt as usual, and let the draft module read its features."""

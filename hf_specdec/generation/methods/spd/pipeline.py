@@ -1,12 +1,13 @@
-"""The target as a pipeline: `Stage` runs some layers on one token, `Pipeline` moves tokens from stage to stage.
+"""The target as a pipeline: `Stage` runs some layers on one token, a `Pipeline` moves tokens from stage to stage.
 
 In one tick every stage runs the token that it was handed in the tick before, and the draft module guesses the next one
-meanwhile. What runs a tick's jobs is the *schedule*: one after the other, or each in a thread of its own. (Stages on
-other ranks are `pipeline_ranks`.)
+meanwhile. What runs a tick's jobs is the *schedule*: one after the other, or each in a thread of its own.
+`LocalPipeline` has all stages in this process, `ranked_pipeline` has them on several ranks.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ import torch
 
 from ....cache.speculative import SpeculativeCache
 from ....cache.stage import StageCache
+from ....kernels.address import Address
 from ....kernels.step import Step
 from ...models.layerwise import Layerwise, Recording, placed, run_layer, watched
 from ...runner import Forward
@@ -33,12 +35,12 @@ class Parcel(NamedTuple):
 
     Attributes:
         hidden (`torch.Tensor` of shape `[1, m, H]`): its state after the stages that it has passed.
-        step (`Step`): its place in the text.
+        address (`Address`): its position in the text.
         recording (`Recording`): what the layers get beside the state.
     """
 
     hidden: torch.Tensor
-    step: Step
+    address: Address
     recording: Recording
 
 
@@ -68,15 +70,15 @@ class Stage:
 
     def __init__(self, parts: Layerwise, depths: DepthMap, index: int, whole: SpeculativeCache) -> None:
         self.parts, self.index = parts, index
-        self.begin, self.end = depths.bounds[index], depths.bounds[index + 1]
+        self.first, self.end = depths.bounds[index], depths.bounds[index + 1]
         self.wanted = set(depths.produced(index))
-        self.cache = StageCache(whole, self.begin, self.end)
+        self.cache = StageCache(whole, self.first, self.end)
 
     def run(self, parcel: Parcel) -> tuple[Parcel, Features]:
         """Take a token through the stage's layers; return it, and the features that it gained."""
         hidden, features = parcel.hidden, {}
-        step = self.cache.begin(parcel.step)
-        for index in range(self.begin, self.end):
+        step = self.cache.begin(parcel.address)
+        for index in range(self.first, self.end):
             call = placed(parcel.recording.calls[index], self.cache, step)
             hidden = run_layer(self.parts.layers[index], hidden, call)
             if index + 1 in self.wanted:
@@ -84,21 +86,52 @@ class Stage:
         return parcel._replace(hidden=hidden), features
 
 
-class Pipeline:
-    """All stages in this process.
+class Pipeline(ABC):
+    """The stages of one model, wherever they are.
 
     Args:
         depths (`DepthMap`): the stages.
         run_all (`Callable[[list[Job]], list]`): the schedule: runs jobs that don't depend on each other, and returns
             what they return.
+
+    Attributes:
+        parts (`Layerwise`): the model, from `prefill` on.
     """
 
     parts: Layerwise
-    stages: list[Stage]
+    cache: SpeculativeCache
+    last_position: int
 
     def __init__(self, depths: DepthMap, run_all: Callable[[Sequence[Job]], list[Any]]) -> None:
         self.depths, self.run_all = depths, run_all
-        self.waiting: list[Parcel | None] = []
+
+    @abstractmethod
+    def prefill(self, state: DecodingState) -> tuple[Forward, Features]:
+        """Run the prompt; return the forward over its last token, and the features of all its tokens that were run."""
+
+    @abstractmethod
+    def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
+        """Hand a token `[1, 1]` to the first stage, for the next tick; return its state at depth 0, `[1, 1, H]`."""
+
+    @abstractmethod
+    def tick(self, draft: Job | None) -> Tick:
+        """Run every stage that has a token, and `draft`, which may run at the same time."""
+
+    @abstractmethod
+    def rewind(self, length: int) -> None:
+        """Drop all tokens that are under way; every stage holds the first `length` tokens of the text afterwards."""
+
+    def _embedded(self, token: torch.Tensor, position: int) -> Parcel:
+        """Return a token `[1, 1]` ready for the first stage."""
+        device = cast(torch.Tensor, self.parts.model.get_input_embeddings().weight).device
+        return make_parcel(self.parts, {"input_ids": token.to(device)}, position, self.cache, self.last_position)
+
+
+class LocalPipeline(Pipeline):
+    """All stages in this process; the arguments are those of `Pipeline`."""
+
+    stages: list[Stage]
+    waiting: list[Parcel | None]
 
     def prefill(self, state: DecodingState) -> tuple[Forward, Features]:
         """Run the prompt; return the forward over its last token, and the features of all its tokens that were run.
@@ -121,13 +154,11 @@ class Pipeline:
 
     def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Hand a token `[1, 1]` to the first stage, for the next tick; return its state at depth 0, `[1, 1, H]`."""
-        device = cast(torch.Tensor, self.parts.model.get_input_embeddings().weight).device
-        parcel = make_parcel(self.parts, {"input_ids": token.to(device)}, position, self.cache, self.last_position)
-        self.waiting[0] = parcel
+        parcel = self.waiting[0] = self._embedded(token, position)
         return parcel.hidden
 
     def tick(self, draft: Job | None) -> Tick:
-        """Run every stage that has a token, and `draft`, which may run at the same time."""
+        """Run every stage that has a token, and `draft`, by the schedule."""
         busy = [(stage, parcel) for stage, parcel in zip(self.stages, self.waiting, strict=True) if parcel is not None]
         jobs: list[Job] = [partial(stage.run, parcel) for stage, parcel in busy]
         guess, *outputs = self.run_all([draft or (lambda: None), *jobs])
@@ -166,16 +197,16 @@ def make_parcel(
         own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not ours.
     """
     given = next(iter(inputs.values()))
-    step = Step([start], given.shape[1], given.device)
+    address = Address([start], given.shape[1])
     recording = parts.record(
         **inputs,
-        position_ids=step.slots_on(given.device).clamp(max=last_position),
+        position_ids=address.positions_on(given.device).clamp(max=last_position),
         past_key_values=cache,
         use_cache=True,
-        **({} if own_attention else {"specdec_step": step}),
+        **({} if own_attention else {"specdec_step": Step(address)}),
     )
     # a recording of states may have scaled them, as some families do with embeddings
-    return Parcel(inputs.get("inputs_embeds", recording.hidden), step, recording)
+    return Parcel(inputs.get("inputs_embeds", recording.hidden), address, recording)
 
 
 def in_series(jobs: Sequence[Job]) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +22,39 @@ from .depth_map import DepthMap
 STOP, PROMPT, TICK = range(3)
 """What rank 0 tells the others to do: end the call, run a row's prompt, make one tick."""
 
+_NOTHING = -1
+"""Stands for `None` in a message, and fills what a command does not use."""
+
 _CONTROL, _REPORT, _HIDDEN = range(3)
 
 
 class PipelineRankError(RuntimeError):
     """A rank failed, or did not answer in time."""
+
+
+@dataclass
+class Order:
+    """What rank 0 says of a tick.
+
+    Args:
+        length (`int`, *optional*): tokens of the text that every stage keeps, after a rejection.
+        token (`int`, *optional*): that enters the first stage.
+        positions (`list[int | None]`): of the token that waits before each stage, where one does.
+    """
+
+    length: int | None
+    token: int | None
+    positions: list[int | None]
+
+    def encode(self) -> list[int]:
+        """Return the order as the numbers of a command."""
+        return [_NOTHING if value is None else value for value in (self.length, self.token, *self.positions)]
+
+    @classmethod
+    def decode(cls, numbers: Sequence[int]) -> Order:
+        """Return the order that `encode` turned into `numbers`."""
+        length, token, *positions = (None if number == _NOTHING else number for number in numbers)
+        return cls(length, token, positions)
 
 
 class Ranks:
@@ -154,32 +183,32 @@ class Ranks:
 
     def command(self, what: int, *numbers: int) -> None:
         """Tell all other ranks what to do; `numbers` says how, at most `n + 2` of them."""
-        message = torch.full((self.depths.stages + 3,), -1, dtype=torch.int64)
+        message = torch.full((self.depths.stages + 3,), _NOTHING, dtype=torch.int64)
         message[: 1 + len(numbers)] = torch.tensor([what, *numbers])
         sent = [self._send(message, rank, _CONTROL) for rank in range(1, self.size)]
         for work, rank in zip(sent, range(1, self.size), strict=True):
             self.wait(work, rank)
 
-    def obey(self) -> list[int]:
+    def receive_command(self) -> list[int]:
         """Wait for what rank 0 says, and return it as numbers (see `command`)."""
         message = torch.empty(self.depths.stages + 3, dtype=torch.int64)
         self.wait(self._receive(message, 0, _CONTROL), 0)
         return message.tolist()
 
-    def report(self, states: torch.Tensor) -> Any:
+    def send_report(self, states: torch.Tensor) -> Any:
         """Send `[1, m, H]` to rank 0; returns the work in progress."""
         return self._send(states.to(self.home).contiguous(), 0, _REPORT)
 
-    def hear(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> tuple[torch.Tensor, Any]:
+    def receive_report(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> tuple[torch.Tensor, Any]:
         """Return where the report of a rank will be, and the work in progress."""
         states = torch.empty(tuple(shape), dtype=dtype, device=self.home)
         return states, self._receive(states, rank, _REPORT)
 
-    def hand_on(self, hidden: torch.Tensor, stage: int) -> Any:
+    def send_hidden(self, hidden: torch.Tensor, stage: int) -> Any:
         """Send `hidden` to the rank of a stage; returns the work in progress."""
         return self._send(hidden.to(self.home).contiguous(), self.owner(stage), _HIDDEN)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype, stage: int) -> tuple[torch.Tensor, Any]:
+    def receive_hidden(self, shape: Sequence[int], dtype: torch.dtype, stage: int) -> tuple[torch.Tensor, Any]:
         """Return where the hidden states that a stage hands on will be, and the work in progress."""
         hidden = torch.empty(tuple(shape), dtype=dtype, device=self.home)
         return hidden, self._receive(hidden, self.owner(stage), _HIDDEN)

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
-from ....kernels.step import Step
+from ....kernels.address import Address
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
-from ...models.layerwise import LayerCall, Layerwise, Recording, Rows, run_layer
+from ...models.layerwise import LayerCall, Layerwise, Recording, Staircase, run_layer
 from ...models.surgery import place_layer
 from ...models.vocabulary import InsideHead, ReducedHead
 
@@ -201,34 +201,35 @@ _HEADS = AdapterKind(KIND, _build, needs=("head", "layers", "rank"), model="mode
 
 
 class _BlockText:
-    """What one block knows of a text: how many tokens it has read for good, what it has not, and the round's rows."""
+    """What one block knows of a text: how many tokens it has read for good, what it has not, the round's tokens."""
 
     def __init__(self, states: torch.Tensor, before: torch.Tensor, recording: Recording) -> None:
         self.end = self.read = 0
         self.unread = [(states, before, recording)]
-        self.rows: list[torch.Tensor] = []
+        self.states: list[torch.Tensor] = []  # of the round's tokens
 
     def take(
         self, before: Sequence[torch.Tensor], recordings: Sequence[Recording]
     ) -> tuple[int, list[tuple[torch.Tensor, torch.Tensor, Recording]]]:
         """Return the first slot of, and all that has not been read; what belongs to the round is read for now only."""
-        rows = list(zip(self.rows, before, recordings, strict=False))
-        start, entries = self.end + self.read, [*self.unread, *rows[self.read :]]
+        newest = list(zip(self.states, before, recordings, strict=True))
+        start, entries = self.end + self.read, [*self.unread, *newest[self.read :]]
         self.end += sum(entry[0].shape[1] for entry in self.unread)
-        self.unread, self.read = [], len(rows)
+        self.unread, self.read = [], len(newest)
         return start, entries
 
     def commit(self, before: Sequence[torch.Tensor], recordings: Sequence[Recording]) -> None:
-        """End the round, of which as many rows were kept as `before` is long; they are to be read again."""
-        self.unread += list(zip(self.rows, before, recordings, strict=False))
-        self.rows, self.read = [], 0
+        """End the round, of which as many tokens were kept as `before` is long; they are to be read again."""
+        kept = len(before)
+        self.unread += list(zip(self.states[:kept], before, recordings[:kept], strict=True))
+        self.states, self.read = [], 0
 
 
 class ExitReader:
     """Exit heads along one text. Blocks have keys and values of their own here, and states that they have not read.
 
-    A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. Rows of
-    the round in progress are read with a guess of the LM head's input before them; once verified, they are read again
+    A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. It reads
+    tokens of the round in progress with a guess of the LM head's input before them; once verified, they are read again
     with the true one. It begins with the first token that this call runs: an earlier turn's cached ones are not in it.
 
     Args:
@@ -242,7 +243,7 @@ class ExitReader:
         self.heads, self.parts = heads, parts
         self.cache = SpeculativeCache([window] * len(heads.layers), 1, capacity)
         self.blocks: dict[int, _BlockText] = {}
-        # the LM head's input before each row: the first is true, the others are what the row before was taken for
+        # the LM head's input before each token of the round: the first is true, the others are guesses
         self.before: list[torch.Tensor] = []
         self.guess: torch.Tensor | None = None
 
@@ -252,32 +253,33 @@ class ExitReader:
         self.blocks = {layer: _BlockText(seen, before, recording) for layer, seen in states.items()}
         self.before = [inputs[:, -1:]]
 
-    def note(self, layer: int, rows: Rows, first: int) -> None:
-        """Take the states of the rows from the `first` on, which have just passed `layer` layers."""
+    def note(self, layer: int, staircase: Staircase, first: int) -> None:
+        """Take the states of the tokens from the `first` on, which have just passed `layer` layers."""
         if layer in self.blocks:
             # a copy: the buffer goes on to the next layer
-            self.blocks[layer].rows += rows.states[:, first : len(rows.depths)].clone().split(1, dim=1)
+            states = staircase.states[:, first : len(staircase.depths)].clone()
+            self.blocks[layer].states += states.split(1, dim=1)
 
-    def logits(self, layer: int, rows: Rows) -> torch.Tensor:
-        """Return float32 logits `[1, F]` of what follows the newest row, which has passed `layer` layers."""
-        newest = len(rows.depths) - 1
-        state = rows.states[:, newest : newest + 1]
+    def logits(self, layer: int, staircase: Staircase) -> torch.Tensor:
+        """Return float32 logits `[1, F]` of what follows the newest token, which has passed `layer` layers."""
+        newest = len(staircase.depths) - 1
+        state = staircase.states[:, newest : newest + 1]
         if layer in self.blocks:
             if len(self.before) == newest:
                 self.before.append(cast(torch.Tensor, self.guess))
-            slot, entries = self.blocks[layer].take(self.before, rows.recordings)
+            slot, entries = self.blocks[layer].take(self.before, staircase.recordings)
             hidden = torch.cat([states for states, _, _ in entries], dim=1)
             before = torch.cat([inputs for _, inputs, _ in entries], dim=1)
-            step = self.cache.begin(Step([slot], hidden.shape[1], hidden.device))
+            step = self.cache.begin(Address([slot], hidden.shape[1]))
             call = self.parts.join(-1, [entry[2] for entry in entries], self.cache, step)
             state = self.heads.deepen(layer, hidden, before, call)[:, -1:]
         self.guess = self.heads.head_input(layer, state)
         return self.heads.score(layer, self.guess)[:, -1].float()
 
-    def commit(self, kept: int, rows: Rows, inputs: torch.Tensor) -> None:
-        """End the round, of which `kept` rows stay; `inputs` `[1, R, H]` are the LM head's true inputs of its rows."""
+    def commit(self, kept: int, staircase: Staircase, inputs: torch.Tensor) -> None:
+        """End the round, of which `kept` tokens stay; `inputs` `[1, R, H]` are the LM head's true ones."""
         if self.blocks and kept:
             true = [self.before[0], *inputs.split(1, dim=1)]
             for block in self.blocks.values():
-                block.commit(true[:kept], rows.recordings)
+                block.commit(true[:kept], staircase.recordings)
             self.before = [true[kept]]

@@ -9,8 +9,8 @@ Trained   the exit heads (`hf-specdec train specbound`); the model stays as it i
 Paper     https://arxiv.org/abs/2604.12247
 New here  stock `assistant_early_exit` has one fixed exit, a second cache and runs the shallow layers again to verify.
 
-Names are the paper's: `alpha` and `tau` of the confidence test, depth l = after l layers, L the model's depth. A *row*
-is one token of the round; row 0 is the pending token.
+Names are the paper's: `alpha` and `tau` of the confidence test, depth l = after l layers, L the model's depth. The
+tokens of a round are the pending one and the drafts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from transformers.utils import logging
 
 from ....configuration import SpeculationConfig
 from ....kernels.dispatch import speculative_attention
-from ....kernels.step import ForwardRequest
-from ...models.layerwise import Layerwise, Rows, watched
+from ....kernels.request import ForwardRequest
+from ...models.layerwise import Layerwise, Staircase, watched
 from ...models.surgery import decoder_layers
 from ...runner import Forward
 from ...state import DecodingState
@@ -131,7 +131,7 @@ class SpecBoundConfig(SpeculationConfig):
 
 
 class SpecBoundStrategy(SpeculationStrategy):
-    """Draft by early exits, carry the parked rows through the deep layers, verify losslessly."""
+    """Draft by early exits, carry the parked tokens through the deep layers, verify losslessly."""
 
     config_class = SpecBoundConfig
     paper = "https://arxiv.org/abs/2604.12247"
@@ -142,7 +142,7 @@ class SpecBoundStrategy(SpeculationStrategy):
 
     heads: ExitHeads
     parts: Layerwise
-    rows: Rows
+    staircase: Staircase
     reader: ExitReader
 
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
@@ -152,7 +152,7 @@ class SpecBoundStrategy(SpeculationStrategy):
         self.stops: Counter[str] = Counter()
         self.exited: Counter[int] = Counter()
         self.accepted: Counter[int] = Counter()
-        self.tests = self.layer_calls = self.row_layers = 0
+        self.tests = self.layer_calls = self.token_layers = 0
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Load the exit heads, and check depths against the model's."""
@@ -177,7 +177,7 @@ class SpecBoundStrategy(SpeculationStrategy):
         self.parts = Layerwise(state.model)
         self.parts.check(state.target, state.pending, state.committed[0] - 1, output.logits)
         self.tail = self.parts.tail()
-        self.rows = Rows(self.parts, state.target, self.config.num_assistant_tokens + 1)
+        self.staircase = Staircase(self.parts, state.target, self.config.num_assistant_tokens + 1)
         self.reader = ExitReader(self.heads, self.parts, state.windows[-1], state.longest)
         if seen:
             state.contexts.enter_context(speculative_attention(self.heads))
@@ -188,15 +188,15 @@ class SpecBoundStrategy(SpeculationStrategy):
         return output
 
     def propose(self, state: DecodingState) -> Draft:
-        """Push rows until one is difficult, the width is reached or the text ends."""
+        """Push tokens until one is difficult, the width is reached or the text ends."""
         self._settle(state)
         width, self.guessed = state.draft_room(self.config.num_assistant_tokens)[0], []
         drafts: list[torch.Tensor] = []
         distributions: list[torch.Tensor | None] = []
         token, matches = state.pending, self.config.sampling_draft == "match"
-        self.rows.begin(state.committed[0] - 1)
+        self.staircase.restart(state.committed[0] - 1)
         while True:
-            self.rows.push(token)
+            self.staircase.push(token)
             if len(drafts) == width:
                 stop = "width"  # the last draft waits at depth 0: the deep pass judges what follows it
                 break
@@ -221,15 +221,15 @@ class SpecBoundStrategy(SpeculationStrategy):
         return Draft(tokens, [len(drafts)], torch.stack(kept, dim=1) if kept else None)
 
     def _guess(self) -> torch.Tensor | None:
-        """Run the newest row until a head trusts its guess and return that head's logits `[1, F]`.
+        """Run the newest token until a head trusts its guess and return that head's logits `[1, F]`.
 
-        Returns `None` for a difficult row, which has reached the depth bound.
+        Returns `None` for a difficult token, which has reached the depth bound.
         """
         running: tuple[int, torch.Tensor, torch.Tensor] | None = None
         while True:
             depth = self._advance()
             if running is not None and self._passes(*running):
-                return running[1]  # found a layer late; the row is parked where it is
+                return running[1]  # found a layer late; the token is parked where it is
             running = None
             if depth in self.temperatures:
                 logits, confidence = self._test(depth)
@@ -241,9 +241,9 @@ class SpecBoundStrategy(SpeculationStrategy):
                 return None
 
     def _test(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the newest row's logits `[1, F]` at `depth` and their annealed confidence `[1]`."""
+        """Return the newest token's logits `[1, F]` at `depth` and their annealed confidence `[1]`."""
         self.tests += 1
-        logits = self.reader.logits(depth, self.rows)
+        logits = self.reader.logits(depth, self.staircase)
         return logits, annealed_confidence(logits, self.temperatures[depth])
 
     def _passes(self, depth: int, logits: torch.Tensor, confidence: torch.Tensor) -> bool:
@@ -254,18 +254,18 @@ class SpecBoundStrategy(SpeculationStrategy):
         return passed
 
     def _advance(self) -> int:
-        """Run one layer on the newest row and all that are as deep; return the depth reached."""
-        rows = self.rows
-        first = rows.advance()
-        self.reader.note(rows.depths[-1], rows, first)
-        return rows.depths[-1]
+        """Run one layer on the newest token and all that are as deep; return the depth reached."""
+        first = self.staircase.advance()
+        depth = self.staircase.depths[-1]
+        self.reader.note(depth, self.staircase, first)
+        return depth
 
     def verify(self, state: DecodingState, draft: Draft) -> Forward:
-        """Carry all rows through the remaining layers and return the model's own logits of them."""
+        """Carry all tokens through the remaining layers and return the model's own logits of them."""
         state.stats.target_forwards += 1
-        while self.rows.depths[-1] < self.depth:
+        while self.staircase.depths[-1] < self.depth:
             self._advance()
-        hidden = self.inputs = self.parts.norm(self.rows.states[:, : len(self.rows.depths)])
+        hidden = self.inputs = self.parts.norm(self.staircase.states[:, : len(self.staircase.depths)])
         logits = self.tail(hidden)
         if logits.shape[1] == draft.tokens.shape[1]:
             # a drafted end of text was not run: nothing can follow it, so what stands in for its logits is not read
@@ -291,26 +291,26 @@ class SpecBoundStrategy(SpeculationStrategy):
             exits={str(depth): self.exited[depth] for depth in self.exits},
             accepted_per_exit={str(depth): self.accepted[depth] for depth in self.exits},
             tests=self.tests,
-            layer_calls=self.layer_calls + self.rows.layer_calls,
-            row_layers=self.row_layers + self.rows.row_layers,
+            layer_calls=self.layer_calls + self.staircase.layer_calls,
+            token_layers=self.token_layers + self.staircase.token_layers,
         )
 
     def commit(self, state: DecodingState, kept: list[int]) -> None:
         """Take back what was not emitted, from every layer."""
         super().commit(state, kept)
-        if self.rows.depths:
-            self.reader.commit(kept[0], self.rows, self.inputs)
+        if self.staircase.depths:
+            self.reader.commit(kept[0], self.staircase, self.inputs)
 
     def close(self, state: DecodingState) -> None:
         """End the counts of this row of the batch."""
         super().close(state)
-        if hasattr(self, "rows"):
+        if hasattr(self, "staircase"):
             self._settle(state)
             self.guessed = []
             self._report(state)
-            self.layer_calls += self.rows.layer_calls
-            self.row_layers += self.rows.row_layers
-            del self.rows
+            self.layer_calls += self.staircase.layer_calls
+            self.token_layers += self.staircase.token_layers
+            del self.staircase
 
 
 def annealed_confidence(logits: torch.Tensor, temperature: float) -> torch.Tensor:

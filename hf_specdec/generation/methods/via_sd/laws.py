@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -13,10 +14,24 @@ ACCEPT, REGENERATE, ESCALATE = 0, 1, 2
 """The paper's tiers A, B and C."""
 
 
+class Gate(NamedTuple):
+    """What the slim verifier may decide by itself; infinity is for never.
+
+    Attributes:
+        accept (`float`): r from which a token is in tier A.
+        escalate (`float`): r below which it is in tier C.
+        sure (`float`): M below which tier C takes the place of B.
+    """
+
+    accept: float
+    escalate: float
+    sure: float = 0.0
+
+
 def slim_ratio(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `log r` `[..., V]`, float32, and the confidence M `[...]` of a slim verifier's raw logits `[..., V]`.
 
-    `r` is a word's probability over the largest one, M that largest one.
+    `r` is a token's probability over the largest one, M that largest one.
     """
     logits = logits.float()
     log_ratio = logits - logits.amax(dim=-1, keepdim=True)
@@ -26,26 +41,24 @@ def slim_ratio(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def tiers(
     log_ratio: torch.Tensor,
     confidence: torch.Tensor,
-    thresholds: tuple[float, float],
-    regen_min_conf: float = 0.0,
+    gate: Gate,
     *,
     possible: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the tier of words: accept, regenerate or escalate; int64, of the shape of `log_ratio`.
+    """Return the tier of tokens: accept, regenerate or escalate; int64, of the shape of `log_ratio`.
 
     Args:
-        log_ratio (`torch.Tensor`): as returned by `slim_ratio`, of all words or of some.
+        log_ratio (`torch.Tensor`): as returned by `slim_ratio`, of the whole vocabulary or of some tokens.
         confidence (`torch.Tensor`): M, of a shape that broadcasts.
-        thresholds (`tuple[float, float]`): r from which a word is accepted, and below which it is escalated.
-        regen_min_conf (`float`): M below which nothing is regenerated, but escalated.
-        possible (`torch.Tensor`, bool, *optional*): words that the caller's processors leave to the slim verifier; the
-            others are escalated.
-        ends (`torch.Tensor`, bool, *optional*): words that end the text; they are escalated unless they are the most
-            likely ones and M is at least `regen_min_conf`.
+        gate (`Gate`): where the tiers begin.
+        possible (`torch.Tensor`, bool, *optional*): tokens that the caller's processors leave to the slim verifier;
+            the others are escalated.
+        ends (`torch.Tensor`, bool, *optional*): tokens that end the text; they are escalated unless they are the most
+            likely ones and M is at least `gate.sure`.
     """
-    accept, escalate = (_log(value) for value in thresholds)
-    sure = confidence >= regen_min_conf
+    accept, escalate = _log(gate.accept), _log(gate.escalate)
+    sure = confidence >= gate.sure
     below = torch.where((log_ratio >= escalate) & sure, REGENERATE, ESCALATE)
     found = torch.where(log_ratio >= accept, ACCEPT, below)
     if possible is not None:
@@ -62,7 +75,7 @@ def _log(value: float) -> float:
 def gate_distribution(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
     """Return the distribution `[..., V]` of a candidate that is the draft, or in tier B a draw from the slim verifier.
 
-    All arguments are `[..., V]`: the drafter's distribution, the slim verifier's, and each word's tier.
+    All arguments are `[..., V]`: the drafter's distribution, the slim verifier's, and each token's tier.
     """
     redrawn = tier == REGENERATE
     return draft * ~redrawn + (draft * redrawn).sum(dim=-1, keepdim=True) * slim

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ...drafting import NoDrafter, chosen_drafter, drafter_name
 from ...runner import Forward
 from ...state import DecodingState
+from ...stats import SpeculationStats
 from ...strategy import Drafter, SpeculationStrategy, StepResult
 from .config import ViaSDConfig
 from .slim_drafter import SlimDrafter
@@ -45,13 +46,14 @@ class ViaSDStrategy(SpeculationStrategy):
         "safe": {"mode": "lossy"},
         "paper": {
             "mode": "lossy",
-            "alpha1": 0.5,
-            "alpha2": 0.3,
+            # the paper asks r >= 1 - 0.3 of all but tier C and r >= 1 - 0.5 of tier A, which leaves B empty; these are
+            # the same two thresholds in order
+            "tau_accept": 0.7,
+            "tau_escalate": 0.5,
             "regen_min_conf": 0.0,
-            "bonus_min_conf": 1.01,
+            "bonus_min_conf": None,
             "max_pending": None,
             "eos_guard": False,
-            "skip_budget_by": "count",
         },
     }
     aliases = {"lossless": ""}
@@ -72,6 +74,13 @@ class ViaSDStrategy(SpeculationStrategy):
             )
         return SlimDrafter(config, inner)
 
+    @classmethod
+    def round_ms(cls, stats: SpeculationStats, draft_ms: float, verify_ms: float) -> float:
+        """Return the milliseconds of an average round; one of the tiers need not have a verification."""
+        spent = super().round_ms(stats, draft_ms, verify_ms)
+        tiered = sum(stats.method.get(f"{kind}_rounds", 0) for kind in ("tiered", "strict", "forced"))
+        return (spent * stats.target_forwards + 1000 * stats.seconds.get("slim", 0.0)) / tiered if tiered else spent
+
     def setup(self, state: DecodingState) -> None:
         """Prepare the tiers."""
         super().setup(state)
@@ -83,7 +92,7 @@ class ViaSDStrategy(SpeculationStrategy):
         """Run the prompts through all tiers."""
         first = super().prefill(state)
         if self.tiers is not None:
-            self.tiers.begin(state)
+            self.tiers.start(state)
         return first
 
     def step(self, state: DecodingState) -> StepResult:

@@ -18,12 +18,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ....configuration import SpeculationConfig
 from ... import admission
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_tensors, write_record
 from ...models.layerwise import Proxy, exchanged
 from ...models.surgery import decoder_layers
-from .config import GRANULARITIES
+from .config import GRANULARITIES, ViaSDConfig
+
+
+SKIP_RATIO = 0.45
+"""Share that masks leave out where nothing else is said: the paper's."""
 
 
 class Units:
@@ -113,11 +116,11 @@ class Units:
                 keep[unit], spent = False, spent + sizes[unit]
         return keep
 
-    def even(self, ratio: float, by: str = "params") -> list[bool]:
+    def even(self, ratio: float = SKIP_RATIO, by: str = "params") -> list[bool]:
         """Return a mask that leaves out evenly spaced units."""
         free = self.free
         count = min(len(free), round(ratio * len(self)))
-        spread = [free[int((place + 0.5) * len(free) / count)] for place in range(count)]
+        spread = [free[int((index + 0.5) * len(free) / count)] for index in range(count)]
         return self.filled(spread + [unit for unit in free if unit not in spread], ratio, by)
 
     def attentions(self, keep: Sequence[bool]) -> int:
@@ -282,33 +285,46 @@ class Slim:
 
 def save_slim(
     folder: str | Path,
-    config: SpeculationConfig,
     model: PreTrainedModel,
-    units: Units,
-    keep: Sequence[bool],
-    calibration: dict[str, Any],
+    keep_mask: Sequence[bool],
+    granularity: str = "layer",
+    *,
+    config: ViaSDConfig | None = None,
+    calibration: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
 ) -> None:
-    """Write settings, a mask and what is known of it to a folder that `assistant_strategy=` takes.
+    """Write a mask to a folder that `assistant_strategy=` and `ViaSDConfig(adapter=...)` take.
 
     Args:
-        config (`ViaSDConfig`): the settings to use it with.
-        calibration (`dict`): held-out figures.
+        folder (`str` or `Path`): made where needed.
+        model (`PreTrainedModel`): that the mask is for.
+        keep_mask (`list[bool]`): per unit, whether the slim verifier has it.
+        granularity (`str`, *optional*, defaults to `"layer"`): what a unit is; see `Units`.
+        config (`ViaSDConfig`, *optional*): the settings to use it with.
+        calibration (`dict`, *optional*): held-out figures.
         lora (`dict`, *optional*): what to note of an adapter whose files PEFT has written into the folder.
+
+    Raises:
+        TypeError: for a mask that does not hold bools.
+        ValueError: for a mask that does not fit the model.
     """
+    if any(type(kept) is not bool for kept in keep_mask):
+        raise TypeError(f"`keep_mask` must hold bools, got {list(keep_mask)!r}.")
+    units = Units(model, granularity)
+    units.check(keep_mask)
     record: dict[str, Any] = {
         "kind": KIND,
         "target": describe(model),
-        "granularity": units.granularity,
-        "keep_mask": list(keep),
-        "skipped": [units.names[unit] for unit in units.skipped(keep)],
-        "calibration": calibration,
+        "granularity": granularity,
+        "keep_mask": list(keep_mask),
+        "skipped": [units.names[unit] for unit in units.skipped(keep_mask)],
+        "calibration": calibration or {},
         "files": [],
     }
     if lora is not None:
-        record["lora"] = {**lora, "name": LORA_FOLDER, "mask_hash": mask_hash(keep, units.granularity)}
+        record["lora"] = {**lora, "name": LORA_FOLDER, "mask_hash": mask_hash(keep_mask, granularity)}
         record["files"] = [f"{LORA_FOLDER}/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")]
-    write_record(folder, config, record)
+    write_record(folder, config or ViaSDConfig(), record)
 
 
 def load_slim(model: PreTrainedModel, name_or_path: str) -> Slim:
@@ -330,7 +346,7 @@ def _build(model: PreTrainedModel, adapter: Adapter) -> Slim:
             f"The adapter in {adapter.place} was trained for another mask (hash {lora['mask_hash']}) than "
             f"the one beside it ({mask_hash(keep, granularity)})."
         )
-    terms = read_terms(adapter.reference.folder / LORA_FOLDER, model)
+    terms = read_terms(adapter.folder / LORA_FOLDER, model)
     return Slim(granularity, keep, record["calibration"], terms, lora["trained_cache_mode"])
 
 

@@ -2,55 +2,56 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ....kernels.address import upload
 from ... import acceptance
-from ...runner import Forward
 from ...state import DecodingState
 from ...strategy import Draft, StepResult
 from . import laws
+from .audit import Audit, Emitted, tightened
+from .config import ViaSDConfig
 from .laws import ACCEPT, ESCALATE, REGENERATE
-from .slim_drafter import SlimDrafter, point_masses
-
-
-if TYPE_CHECKING:
-    from .config import ViaSDConfig
-
-_LEAST = -1e4
-"""Log-probability of a word that the model excludes."""
+from .schedule import RoundSchedule
+from .slim_drafter import SlimDrafter, distributions_of
+from .slim_verifier import Scored, SlimPass
 
 
 @dataclass
-class _Decided:
+class Decision:
     """What one row's tiers decided in a round.
 
     Args:
         tokens (`list[int]`): new tokens,
-        tiers (`str`): and who decided each: A, B, C (the model, after an escalation), S (the slim verifier's own token
-            after a whole block) or Q (the model, in a round without tiers).
-        sources (`list[tuple[bool, int]]`): the logits of each: whether the model's, and their place in its forward.
+        letters (`str`): and who decided each: A, B, C (the model, after an escalation), S (the slim verifier's own
+            token after a whole block) or Q (the model, in a round without tiers).
+        sources (`list[tuple[Scored, int]]`): the forward that decided each, and the index in it.
         shares (`list[float]`): the probability that the token had under the distribution that it came from, for the
             audit.
         escalate (`int`, *optional*): index of the draft from which the model decides.
     """
 
     tokens: list[int] = field(default_factory=list)
-    tiers: str = ""
-    sources: list[tuple[bool, int]] = field(default_factory=list)
+    letters: str = ""
+    sources: list[tuple[Scored, int]] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     escalate: int | None = None
 
-    def add(self, token: int, tier: str, place: int, share: float = 1.0) -> None:
+    def add(self, token: int, letter: str, source: Scored, index: int, share: float = 1.0) -> None:
+        """Add a token."""
         self.tokens.append(token)
-        self.tiers += tier
-        self.sources.append((tier in "CQ", place))
+        self.letters += letter
+        self.sources.append((source, index))
         self.shares.append(share)
+
+    @property
+    def emitted(self) -> list[Emitted]:
+        """The tokens with their shares."""
+        return list(zip(self.tokens, self.shares, strict=True))
 
 
 class Tiers:
@@ -62,232 +63,189 @@ class Tiers:
         state (`DecodingState`): the call.
 
     Attributes:
-        read (`dict[int, int]`): per row, tokens that the model has read.
-        decided (`list[_Decided]`): per slot, what the last round decided.
+        gate (`Gate`): as the audit has tightened it.
+        read (`list[int]`): per row of the batch, tokens that the model has read.
+        letters (`list[str]`): per row of the batch, who decided each token.
+        decided (`list[Decision]`): per slot, what the last round decided.
     """
 
     def __init__(self, config: ViaSDConfig, drafter: SlimDrafter, state: DecodingState) -> None:
-        self.config, self.drafter = config, drafter
-        self.thresholds, self.regen_min_conf = config.thresholds, config.regen_min_conf
-        self.rounds, self.whole, self.missed = 0, True, 0.0
-        self.letters = [""] * state.batch
-        self.audit = _Audit()
-        self.read: dict[int, int] = {}
-        self.decided: list[_Decided] = []
-        # per row: what was emitted since the model's last pass, with the probability that it was emitted by
-        self.unread: dict[int, list[tuple[int, float]]] = {row: [] for row in state.active}
+        self.config, self.drafter, self.gate = config, drafter, config.gate
+        self.schedule = RoundSchedule(config.lossy_level, config.max_pending)
+        self.audit = Audit(state.batch)
+        self.read, self.letters = [0] * state.batch, [""] * state.batch
+        self.decided: list[Decision] = []
+        self.whole = True  # whether the model ran in the last round
         state.stats.method.update(tiered_rounds=0, strict_rounds=0, forced_rounds=0, escalations=0)
 
-    def begin(self, state: DecodingState) -> None:
+    def start(self, state: DecodingState) -> None:
         """Note that the model has read the prompts, and gives each row's first token."""
-        self.read = {row: count - 1 for row, count in zip(state.active, state.committed, strict=True)}
-        self.decided = [_Decided(tiers="Q") for _ in state.active]
+        for row, count in zip(state.active, state.committed, strict=True):
+            self.read[row] = count - 1
+        self.decided = [Decision(letters="Q") for _ in state.active]
 
     def step(self, state: DecodingState) -> StepResult:
         """Draft, let the slim verifier decide, and the model where it has to."""
         with state.timed("draft"):
             draft = self.drafter.inner.propose(state)
-        target = slim = None
-        if self._strict(state):
-            self.decided = [_Decided(escalate=0) for _ in state.active]
-            tier = "Q"
-        else:
+        kind = self.schedule.next(self._unread(state))
+        state.stats.method[f"{kind}_rounds"] += 1
+        if kind == "tiered":
             with state.timed("slim"):
-                slim = self._tier(state, draft)
-            tier = "C"
+                self.decided = self._decide(state, draft)
+        else:
+            self.decided = [Decision(escalate=0) for _ in state.active]
         self.whole = any(row.escalate is not None for row in self.decided)
         if self.whole:
             with state.timed("verify"):
-                target = self._escalate(state, draft, tier)
-        result = self._result(state, draft, slim, target)
+                self._escalate(state, draft, "C" if kind == "tiered" else "Q")
+        result = self._result(state, draft)
         self.drafter.reschedule(draft.counts, result.accepted)
         return result
 
-    def _strict(self, state: DecodingState) -> bool:
-        """Whether the model verifies this round as in ordinary speculative decoding: by the schedule, or the limit."""
-        number, share, method = self.rounds, 1 - self.config.lossy_level, state.stats.method
-        self.rounds += 1
-        limit = self.config.max_pending
-        strict = math.floor((number + 1) * share + 1e-9) > math.floor(number * share + 1e-9)
-        forced = limit is not None and any(
-            count - 1 - self.read[row] >= limit for row, count in zip(state.active, state.committed, strict=True)
-        )
-        method["tiered_rounds" if not (strict or forced) else "strict_rounds" if strict else "forced_rounds"] += 1
-        return strict or forced
+    def _unread(self, state: DecodingState) -> list[int]:
+        """Return how many tokens of each active row, beside the pending one, the model has not read."""
+        return [count - 1 - self.read[row] for row, count in zip(state.active, state.committed, strict=True)]
 
-    def _tier(self, state: DecodingState, draft: Draft) -> Forward:
-        """Decide each row's drafts by the slim verifier, up to where the model has to; return its logits."""
-        config, tokens, k = self.config, draft.tokens, draft.tokens.shape[1]
-        logits = self.drafter.slim.read(state, tokens)
-        scores = state.process(logits, tokens)
-        distribution = state.distribution(scores) if state.do_sample else None
-        log_ratio, confidence = laws.slim_ratio(logits)
-        rules = self.thresholds, self.regen_min_conf, config.eos_guard
-        tier = self.drafter.tiers(state, log_ratio[:, :k], confidence[:, :k], scores[:, :k], tokens, *rules)
-        redrawn = self.drafter.draw(scores, distribution)
-        if config.coupled:
-            tier = torch.where(tier == ACCEPT, ACCEPT, REGENERATE)  # what the processors exclude is drawn anew
-            if distribution is not None:
-                tier, redrawn = self._couple(state, draft, log_ratio, confidence, scores, distribution, redrawn)
-        given = (
-            None if draft.distributions is None else draft.distributions.gather(2, tokens[..., None])[..., 0].tolist()
-        )
-        drawn = None if distribution is None else distribution.gather(2, redrawn[..., None])[..., 0].tolist()
+    # the slim verifier decides
+
+    def _decide(self, state: DecodingState, draft: Draft) -> list[Decision]:
+        """Decide each row's drafts by the slim verifier, up to where the model has to."""
+        slim = self.drafter.slim.read(state, draft.tokens)
+        tier, own = self._tiers(state, draft, slim)
+        given = torch.ones_like(draft.tokens, dtype=torch.float32)
+        if draft.distributions is not None:
+            given = draft.distributions.gather(2, draft.tokens[..., None])[..., 0]
+        drawn = torch.ones_like(own, dtype=torch.float32)
+        if slim.distribution is not None:
+            drawn = slim.distribution.gather(2, own[..., None])[..., 0]
         # the slim verifier may end the text of its own accord only where it is sure
-        ending = state.is_eos(logits.argmax(dim=-1)).tolist()
-        columns = zip(
-            tier.tolist(), tokens.tolist(), redrawn.tolist(), state.is_eos(tokens).tolist(), confidence.tolist(),
-            draft.counts, strict=True,
-        )  # fmt: skip
-        self.decided = []
-        for slot, (tier_of, drafted, instead, ends, sure, count) in enumerate(columns):
-            row = _Decided()
-            self.decided.append(row)
-            for j in range(count):
-                if tier_of[j] == ESCALATE:
-                    row.escalate = j
-                    state.stats.method["escalations"] += 1
-                    break
-                if tier_of[j] == ACCEPT:
-                    row.add(drafted[j], "A", j, 1.0 if given is None else given[slot][j])
-                else:
-                    row.add(instead[j], "B", j, 1.0 if drawn is None else drawn[slot][j])
-                    if instead[j] != drafted[j]:
-                        break  # the drafts behind it continued another text
-                if ends[j]:
-                    break
-            else:
-                guarded = config.eos_guard and ending[slot][count]
-                if sure[count] >= max(config.bonus_min_conf, self.regen_min_conf if guarded else 0):
-                    row.add(instead[count], "S", count, 1.0 if drawn is None else drawn[slot][count])
-                elif not row.tokens:
-                    row.escalate = 0  # nothing was drafted
-        return Forward(logits, scores)
+        ending = state.is_eos(slim.logits.argmax(dim=-1))
+        least = torch.where(ending, self.gate.sure if self.config.eos_guard else 0.0, 0.0)
+        if self.config.bonus_min_conf is not None:
+            bonus = slim.confidence >= least.clamp(min=self.config.bonus_min_conf)
+        else:
+            bonus = torch.zeros_like(ending)
+        columns = (tier, draft.tokens, given, state.is_eos(draft.tokens), own, drawn, bonus)
+        blocks = zip(*(column.tolist() for column in columns), draft.counts, strict=True)
+        decided = [_decided(slim, *block) for block in blocks]
+        escalated = [row.escalate for row, count in zip(decided, draft.counts, strict=True) if count]
+        state.stats.method["escalations"] += sum(escalate is not None for escalate in escalated)
+        return decided
 
-    def _couple(
-        self,
-        state: DecodingState,
-        draft: Draft,
-        log_ratio: torch.Tensor,
-        confidence: torch.Tensor,
-        scores: torch.Tensor,
-        distribution: torch.Tensor,
-        redrawn: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tiers and redrawn tokens of speculative sampling against the distribution of tiers A and B."""
+    def _tiers(self, state: DecodingState, draft: Draft, slim: SlimPass) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the drafts' tiers `[n, k]`, and the slim verifier's own tokens `[n, k + 1]`."""
         tokens, k = draft.tokens, draft.tokens.shape[1]
-        if not k:
-            return tokens, redrawn
-        every = self.drafter.tiers(
-            state, log_ratio[:, :k], confidence[:, :k, None], scores[:, :k], None, self.thresholds, self.regen_min_conf
-        )
-        p = draft.distributions if draft.distributions is not None else point_masses(tokens, distribution.shape[-1])
-        both = laws.coupled_distribution(p, distribution[:, :k], every)
-        counts = draft.counts_on_device
-        verdict = acceptance.speculative_sample(tokens, counts, torch.cat([both, distribution[:, k:]], dim=1), p)
+        ends = state.is_eos(tokens) if self.config.eos_guard else None
+        tier, own = slim.tiers_of(tokens, self.gate, ends), slim.draw(k + 1)
+        if not self.config.coupled:
+            return tier, own
+        if slim.distribution is None or not k:
+            # what the processors exclude is drawn anew
+            return torch.where(tier == ACCEPT, ACCEPT, REGENERATE), own
+        # speculative sampling against the distribution of tiers A and B
+        p = distributions_of(draft, slim.scores.shape[-1])
+        both = laws.coupled_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(self.gate))
+        judge = torch.cat([both, slim.distribution[:, k:]], dim=1)
+        verdict = acceptance.speculative_sample(tokens, draft.counts_on_device, judge, p)
         refused = torch.arange(k, device=tokens.device) >= verdict.accepted[:, None]
-        instead = torch.cat([torch.where(refused, verdict.tokens[:, :k], redrawn[:, :k]), redrawn[:, k:]], dim=1)
-        return torch.where(refused, REGENERATE, ACCEPT), instead
+        instead = torch.where(refused, verdict.tokens[:, :k], own[:, :k])
+        return torch.where(refused, REGENERATE, ACCEPT), torch.cat([instead, own[:, k:]], dim=1)
 
-    def _escalate(self, state: DecodingState, draft: Draft, tier: str) -> Forward:
+    # the model decides
+
+    def _escalate(self, state: DecodingState, draft: Draft, letter: str) -> None:
         """Run the model over all that it has not read and the drafts in question; let it decide those."""
-        rows, tokens = self.decided, draft.tokens
-        read = [self.read[row] for row in state.active]
-        back = [count - 1 - known for count, known in zip(state.committed, read, strict=True)]
-        fed = []
-        for slot, row in enumerate(rows):
-            own = tokens[slot, row.escalate : draft.counts[slot]] if row.escalate is not None else tokens[slot, :0]
-            new = torch.tensor(row.tokens, dtype=torch.int64, device=state.device)
-            text = state.text.tokens[state.active[slot], read[slot] : state.committed[slot]]
-            fed.append(torch.cat([text, new, own]))
-        block = torch.nn.utils.rnn.pad_sequence(fed, batch_first=True)
-        output = state.forward(block, read)
-        scores = state.process(output.logits, block[:, 1:], back)
-        if self.config.audit:
-            self._audit(state, scores)
-        first = torch.tensor([b + len(row.tokens) for b, row in zip(back, rows, strict=True)], device=state.device)
-        begins = torch.tensor([row.escalate or 0 for row in rows], device=state.device)
-        alone = self.config.escalate_scope == "token" and tier == "C"
-        limit = 1 if alone else tokens.shape[1]
+        rows, back = self.decided, self._unread(state)
+        starts = [self.read[row] for row in state.active]
+        block = self._unread_block(state, draft, starts)
+        logits = state.forward(block, starts).logits
+        target = Scored(logits.to(state.device), state.process(logits, block[:, 1:], back))
+        if self.config.audit is not None:
+            self._compare(state, target.scores)
+        alone = self.config.escalate_scope == "token" and letter == "C"
+        limit = 1 if alone else draft.tokens.shape[1]
         left = [
             0 if row.escalate is None else min(limit, count - row.escalate)
             for row, count in zip(rows, draft.counts, strict=True)
         ]
-        width, counts = max(left), torch.tensor(left, device=state.device)
-        drafts, judges = _window(tokens, begins, width), _window(scores, first, width + 1)
-        if state.do_sample:
-            distribution = None if draft.distributions is None else _window(draft.distributions, begins, width)
-            verdict = acceptance.speculative_sample(drafts, counts, state.distribution(judges), distribution)
-        else:
-            verdict = acceptance.greedy_match(drafts, counts, judges.argmax(dim=-1))
+        # where the model's judgement of the drafts begins in its forward
+        first = [unread + len(row.tokens) for unread, row in zip(back, rows, strict=True)]
+        verdict = self._judge(state, draft, target, first, left)
         for slot, (accepted, new) in enumerate(zip(verdict.accepted.tolist(), verdict.tokens.tolist(), strict=True)):
             if rows[slot].escalate is None:
                 continue
             count = accepted + (not (alone and accepted))  # what follows a draft that was judged alone is left open
-            for j, token in enumerate(new[:count]):
-                rows[slot].add(token, tier if left[slot] else "Q", int(first[slot]) + j)
-        return Forward(output.logits.to(state.device), scores)
+            for index, token in enumerate(new[:count], start=first[slot]):
+                rows[slot].add(token, letter if left[slot] else "Q", target, index)
 
-    def _audit(self, state: DecodingState, scores: torch.Tensor) -> None:
-        """Compare what the tiers emitted since the model's last pass, and in this round, with its own choices."""
-        for slot, row in enumerate(self.decided):
-            seen = self.unread[state.active[slot]] + list(zip(row.tokens, row.shares, strict=True))
-            if not seen:
-                continue
-            distribution = scores[slot, : len(seen)].float().log_softmax(dim=-1).clamp(min=_LEAST)
-            tokens = torch.tensor([token for token, _ in seen], device=distribution.device)
-            matches = (distribution.argmax(dim=-1) == tokens).tolist()
-            found = distribution.gather(1, tokens[:, None])[:, 0].tolist()
-            for match, log_q, (_, share) in zip(matches, found, seen, strict=True):
-                self.audit.add(match, log_q, share)
-                self.missed += 0.1 * ((not match) - self.missed)
-        config = self.config
-        if config.audit_action == "tighten":
-            if self.missed > config.audit_target:
-                self._tighten(0.05)
-            elif self.missed < config.audit_target / 2:
-                self._tighten(-0.01)
+    def _unread_block(self, state: DecodingState, draft: Draft, starts: Sequence[int]) -> torch.Tensor:
+        """Return what the model is to read, `[n, m]`: unread text, what was decided, and the drafts behind it."""
+        fed = []
+        for slot, (row, decision) in enumerate(zip(state.active, self.decided, strict=True)):
+            text = state.text.tokens[row, starts[slot] : state.committed[slot]]
+            new = torch.tensor(decision.tokens, dtype=torch.int64, device=state.device)
+            count = draft.counts[slot]
+            open_from = count if decision.escalate is None else decision.escalate
+            fed.append(torch.cat([text, new, draft.tokens[slot, open_from:count]]))
+        return torch.nn.utils.rnn.pad_sequence(fed, batch_first=True)
 
-    def _tighten(self, step: float) -> None:
-        """Move the thresholds, never under the configured ones."""
-        accept, escalate = self.thresholds
-        self.thresholds = max(self.config.thresholds[0], min(max(1.0, accept), accept + step)), escalate
-        self.regen_min_conf = max(
-            self.config.regen_min_conf, min(max(1.0, self.regen_min_conf), self.regen_min_conf + step)
-        )
+    def _judge(
+        self, state: DecodingState, draft: Draft, target: Scored, first: list[int], left: list[int]
+    ) -> acceptance.Verdict:
+        """Let the model judge `left` drafts of each row by its scores from the index `first` on."""
+        width = max(left)
+        skipped = [decision.escalate or 0 for decision in self.decided]
+        behind, starts, counts = upload([skipped, first, left], state.device)
+        drafts, scores = _window(draft.tokens, behind, width), _window(target.scores, starts, width + 1)
+        if not state.do_sample:
+            return acceptance.greedy_match(drafts, counts, scores.argmax(dim=-1))
+        distributions = None if draft.distributions is None else _window(draft.distributions, behind, width)
+        return acceptance.speculative_sample(drafts, counts, state.distribution(scores), distributions)
 
-    def _result(self, state: DecodingState, draft: Draft, slim: Forward | None, target: Forward | None) -> StepResult:
+    def _compare(self, state: DecodingState, scores: torch.Tensor) -> None:
+        """Audit what the tiers emitted since the model's last pass, and in this round."""
+        for slot, (row, decision) in enumerate(zip(state.active, self.decided, strict=True)):
+            self.audit.compare(self.audit.unread[row] + decision.emitted, scores[slot])
+        if self.config.audit == "tighten":
+            self.gate = tightened(self.gate, self.config.gate, self.audit.missed, self.config.audit_target)
+
+    # the result
+
+    def _result(self, state: DecodingState, draft: Draft) -> StepResult:
         """Put the rows' decisions together."""
         rows = self.decided
         tokens = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(row.tokens, dtype=torch.int64, device=state.device) for row in rows], batch_first=True
         )
-        accepted = []
-        for row, drafted, count in zip(rows, draft.tokens.tolist(), draft.counts, strict=True):
-            same = (new == old for new, old in zip(row.tokens, drafted[:count], strict=False))
-            accepted.append(sum(1 for _ in itertools.takewhile(bool, same)))
-        logits = scores = None
+        accepted = [
+            _common(row.tokens, drafted[:count])
+            for row, drafted, count in zip(rows, draft.tokens.tolist(), draft.counts, strict=True)
+        ]
+        result = StepResult(tokens, [len(row.tokens) for row in rows], draft.counts, accepted)
         config = state.generation_config
         if config.return_dict_in_generate and (config.output_logits or config.output_scores):
-            logits, scores = (self._gathered(slim, target, part) for part in (0, 1))
-        return StepResult(tokens, [len(row.tokens) for row in rows], draft.counts, accepted, logits, scores)
+            result.logits = self._gathered(lambda source: source.logits)
+            result.scores = self._gathered(lambda source: source.scores)
+        return result
 
-    def _gathered(self, slim: Forward | None, target: Forward | None, part: int) -> torch.Tensor:
-        """Return the logits (part 0) or scores (part 1) that decided each token, `[n, m, V]`."""
-        rows = []
-        for slot, row in enumerate(self.decided):
-            places = [cast(Any, target if whole else slim)[part][slot, place] for whole, place in row.sources]
-            rows.append(torch.stack([place.float() for place in places]))
+    def _gathered(self, part: Callable[[Scored], torch.Tensor]) -> torch.Tensor:
+        """Return a part of the forwards that decided the tokens, at each token, `[n, m, V]`."""
+        rows = [
+            torch.stack([part(source)[slot, index].float() for source, index in decision.sources])
+            for slot, decision in enumerate(self.decided)
+        ]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def commit(self, state: DecodingState, kept: list[int]) -> None:
         """Note who decided what was emitted, and how far the model has read."""
-        for row, decided, count, length in zip(state.active, self.decided, kept, state.committed, strict=True):
-            self.letters[row] += decided.tiers[:count]
+        decided = zip(state.active, state.committed, self.decided, kept, strict=True)
+        for row, committed, decision, count in decided:
+            self.letters[row] += decision.letters[:count]
             if self.whole:
-                self.read[row], self.unread[row] = length - 1, []
+                self.read[row], self.audit.unread[row] = committed - 1, []
             else:
-                self.unread[row] += list(zip(decided.tokens, decided.shares, strict=True))[:count]
+                self.audit.unread[row] += decision.emitted[:count]
         state.target.cache.set_lengths([self.read[row] for row in state.active])
 
     def report(self, state: DecodingState) -> None:
@@ -300,36 +258,54 @@ class Tiers:
         )
 
 
-class _Audit:
-    """What the model would have said of the tokens that were emitted without it."""
+def _decided(
+    slim: Scored,
+    tier: list[int],
+    drafted: list[int],
+    given: list[float],
+    ends: list[bool],
+    own: list[int],
+    drawn: list[float],
+    bonus: list[bool],
+    count: int,
+) -> Decision:
+    """Return what the slim verifier decides of one row's `count` drafts.
 
-    def __init__(self) -> None:
-        self.matches: list[bool] = []
-        self.log_q: list[float] = []
-        self.overshoot: list[float] = []
+    Args:
+        slim (`Scored`): its forward, for the record.
+        tier, drafted, given, ends (`list`, k entries): of each draft its tier, token, probability, and whether it
+            ends the text.
+        own, drawn, bonus (`list`, k + 1 entries): the slim verifier's own token in each place, its probability, and
+            whether it may be emitted after drafts that all stayed.
+    """
+    decision = Decision()
+    for j in range(count):
+        if tier[j] == ESCALATE:
+            decision.escalate = j
+            return decision
+        if tier[j] == ACCEPT:
+            decision.add(drafted[j], "A", slim, j, given[j])
+        else:
+            decision.add(own[j], "B", slim, j, drawn[j])
+            if own[j] != drafted[j]:
+                return decision  # the drafts behind it continued another text
+        if ends[j]:
+            return decision
+    if bonus[count]:
+        decision.add(own[count], "S", slim, count, drawn[count])
+    elif not decision.tokens:
+        decision.escalate = 0  # nothing was drafted
+    return decision
 
-    def add(self, match: bool, log_q: float, share: float) -> None:
-        self.matches.append(match)
-        self.log_q.append(log_q)
-        self.overshoot.append(share - math.exp(log_q))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the share of tokens that the model would have chosen, and by how much the others overshoot."""
-        count = len(self.matches)
-        if not count:
-            return {"audited": 0}
-        ranked = sorted(self.overshoot)
-        return {
-            "audited": count,
-            "match_rate": sum(self.matches) / count,
-            "mean_overshoot": sum(ranked) / count,
-            "p99_overshoot": ranked[min(count - 1, int(0.99 * count))],
-            "worst_log_probability": min(self.log_q),
-        }
+def _common(one: Sequence[int], two: Sequence[int]) -> int:
+    """Return how many leading tokens two texts have in common."""
+    shared = min(len(one), len(two))
+    return next((index for index in range(shared) if one[index] != two[index]), shared)
 
 
-def _window(values: torch.Tensor, begins: torch.Tensor, width: int) -> torch.Tensor:
-    """Return `values[i, begins[i] : begins[i] + width]` of each row `[n, width, ...]`; past the end is meaningless."""
-    places = begins[:, None] + torch.arange(width, device=values.device)
-    rows = torch.arange(len(begins), device=values.device)[:, None]
-    return values[rows, places.clamp(max=max(values.shape[1] - 1, 0))]
+def _window(values: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:
+    """Return `values[i, starts[i] : starts[i] + width]` of each row `[n, width, ...]`; past the end is meaningless."""
+    indices = starts[:, None] + torch.arange(width, device=values.device)
+    rows = torch.arange(len(starts), device=values.device)[:, None]
+    return values[rows, indices.clamp(max=max(values.shape[1] - 1, 0))]
