@@ -211,14 +211,6 @@ def drafter_name(chosen: SpeculationConfig | str | None) -> str:
     return "assisted" if chosen is None else chosen if isinstance(chosen, str) else chosen.strategy
 
 
-def _named_drafter(name: str) -> SpeculationConfig:
-    try:
-        config: SpeculationConfig = preset(name)
-    except ValueError as error:
-        raise ValueError(f"`drafter={name!r}`: {error}") from error
-    return config
-
-
 def chosen_drafter(
     chosen: SpeculationConfig | str | None,
     assistant: PreTrainedModel | None,
@@ -240,7 +232,7 @@ def chosen_drafter(
     if chosen is None:
         return AssistantDrafter(cast(PreTrainedModel, assistant), settings.num_assistant_tokens, stop, settings)
     if isinstance(chosen, str):
-        chosen = _named_drafter(chosen)
+        chosen = cast(SpeculationConfig, preset(chosen, f"`drafter={chosen!r}`: "))
     for name, neutral in (("compile", None), ("kernels", "auto")):
         value = getattr(chosen, name)
         if value == neutral or (settings.has_field(name) and value == getattr(settings, name)):
