@@ -150,7 +150,7 @@ class Layerwise:
 
         Args:
             token (`torch.Tensor` of shape `[1, 1]`): the newest token that the cache holds,
-            position (`int`): and its place.
+            position (`int`): and its position.
             logits (`torch.Tensor` of shape `[1, 1, V]`): the model's own of what follows it.
 
         Raises:

@@ -77,8 +77,8 @@ class PipelineDraftModule(nn.Module):
             self.layers = nn.ModuleList(copy.deepcopy(whole[index]) for index in templates)
         else:
             self.layers = nn.ModuleList(_foreign_layer(model, family) for _ in templates)
-        for place, layer in enumerate(self.layers):
-            place_layer(layer, place)
+        for index, layer in enumerate(self.layers):
+            place_layer(layer, index)
         weight = head.weight if self.reduced is None else self.reduced.weight
         self.lm_head = nn.Linear(width, weight.shape[0], bias=False, device="meta")
         self.lm_head.weight = nn.Parameter(weight.detach().clone())
@@ -104,7 +104,7 @@ class PipelineDraftModule(nn.Module):
         return cast(torch.Tensor, self.lm_head(self.norm(hidden)))
 
     def scatter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return logits `[..., V]` of all words for logits `[..., V_d]`."""
+        """Return logits `[..., V]` of all tokens for logits `[..., V_d]`."""
         return logits if self.reduced is None else self.reduced.scatter(logits)
 
     def can_guess(self, token: torch.Tensor) -> bool:

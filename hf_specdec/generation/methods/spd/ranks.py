@@ -1,4 +1,4 @@
-"""`Ranks`: the processes of `torch.distributed` as the places of SPD's stages, and what they say to each other.
+"""`Ranks`: the processes of `torch.distributed` as owners of SPD's stages, and what they say to each other.
 
 Rank 0 controls. With n + 1 ranks ("dedicated") it has no stage and rank s + 1 has stage s; with n ranks ("colocated")
 it has the last stage, and rank s + 1 stage s for the others. Messages between two ranks have a fixed order, so that

@@ -71,15 +71,15 @@ class ExitHeads(nn.Module):
         self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
         self.own = nn.ModuleDict()
         if kind != "final":
-            made = [self._make(place, parts, head, width) for place in range(len(layers))]
+            made = [self._make(index, parts, head, width) for index in range(len(layers))]
             self.own.update({str(layer): module for layer, module in zip(layers, made, strict=True)})
         self.own.to(device=weight.device, dtype=weight.dtype)
         # not submodules: the model's own parts are no parameters of the heads
         heads = {layer: self.own[str(layer)] if kind == "full" else self.inside for layer in self.layers}
         self.__dict__.update(norm=parts.norm, tails={layer: parts.tail(head) for layer, head in heads.items()})
 
-    def _make(self, place: int, parts: Layerwise, head: nn.Module, width: int) -> nn.Module:
-        """Return what the exit at `layers[place]` has of its own."""
+    def _make(self, index: int, parts: Layerwise, head: nn.Module, width: int) -> nn.Module:
+        """Return what the exit at `layers[index]` has of its own."""
         if self.kind == "adapter":
             # the last map is zero, so that training begins at the model's own norm and head
             last = nn.Linear(width if self.rank is None else self.rank, width, bias=False)
@@ -90,11 +90,11 @@ class ExitHeads(nn.Module):
             linear = nn.Linear(width, weight.shape[0], bias=False)
             linear.weight.data.copy_(weight.data)
             return linear
-        return _Block(copy.deepcopy(parts.layers[-1]), copy.deepcopy(parts.norm), place, width)
+        return _Block(copy.deepcopy(parts.layers[-1]), copy.deepcopy(parts.norm), index, width)
 
     @property
     def inside(self) -> nn.Module | None:
-        """The model's LM head over the words that can be guessed; `None` where that is the model's own."""
+        """The model's LM head over the tokens that can be guessed; `None` where that is the model's own."""
         return None if self.reduced is None else InsideHead(self.reduced)
 
     def deepen(self, layer: int, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
@@ -128,11 +128,11 @@ class ExitHeads(nn.Module):
         return self.score(layer, self.head_input(layer, hidden))
 
     def tokens(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the ids of words by their place among those that can be guessed."""
+        """Return the ids of tokens by their index among those that can be guessed."""
         return index if self.reduced is None else self.reduced.ids[index]
 
     def scatter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return logits `[..., V]` of all words for logits `[..., F]`."""
+        """Return logits `[..., V]` of all tokens for logits `[..., F]`."""
         return logits if self.reduced is None else self.reduced.scatter(logits)
 
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:
@@ -156,9 +156,9 @@ class _Block(nn.Module):
     It begins as a copy of the model's last layer and norm, which already turn states into what the head reads.
     """
 
-    def __init__(self, layer: nn.Module, norm: nn.Module, place: int, width: int) -> None:
+    def __init__(self, layer: nn.Module, norm: nn.Module, index: int, width: int) -> None:
         super().__init__()
-        place_layer(layer, place)
+        place_layer(layer, index)
         self.fuse = nn.Linear(2 * width, width, bias=False)
         self.layer, self.norm = layer, norm
         with torch.no_grad():

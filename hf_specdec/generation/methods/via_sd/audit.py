@@ -37,7 +37,7 @@ class Audit:
         self.overshoot: list[float] = []
 
     def compare(self, emitted: Sequence[Emitted], scores: torch.Tensor) -> None:
-        """Take note of tokens and the model's processed scores `[m, V]` in their places; m may exceed their number."""
+        """Take note of tokens and the model's processed scores `[m, V]` at them; m may exceed their number."""
         if not emitted:
             return
         distribution = scores[: len(emitted)].float().log_softmax(dim=-1).clamp(min=_LEAST)

@@ -275,7 +275,7 @@ def _decided(
         slim (`Scored`): its forward, for the record.
         tier, drafted, given, ends (`list`, k entries): of each draft its tier, token, probability, and whether it
             ends the text.
-        own, drawn, bonus (`list`, k + 1 entries): the slim verifier's own token in each place, its probability, and
+        own, drawn, bonus (`list`, k + 1 entries): the slim verifier's own token at each index, its probability, and
             whether it may be emitted after drafts that all stayed.
     """
     decision = Decision()
