@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -122,12 +122,12 @@ class AdapterReference:
 
     Args:
         name (`str`): the folder or Hub repository that holds it.
-        record (`dict`, *optional*): what the config file records of it; `None` for an adapter elsewhere.
+        record (`dict`, *optional*): what the config file records of it; empty for an adapter elsewhere.
         files (`tuple[str, ...]`, *optional*): its files, relative to the folder.
     """
 
     name: str
-    record: dict[str, Any] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
     @classmethod
@@ -144,7 +144,7 @@ class AdapterReference:
 
     @classmethod
     def find(cls, name_or_path: str | Path) -> AdapterReference:
-        """Return the adapter in a folder or Hub repository; its record is `None` if there is none.
+        """Return the adapter in a folder or Hub repository; its record is empty if there is none.
 
         Raises:
             OSError: if there are no settings, or the repository can't be read.
@@ -152,7 +152,7 @@ class AdapterReference:
         """
         folder = locate(name_or_path, remember=True)
         found = cls.parse(read_values(folder), folder)
-        return found if found is not None and found.record is not None else cls(str(folder))
+        return found if found is not None and found.record else cls(str(folder))
 
     @property
     def folder(self) -> Path:
@@ -167,11 +167,7 @@ class AdapterReference:
     @property
     def kind(self) -> str | None:
         """What the adapter is, such as `"draft"`."""
-        return None if self.record is None else self.record.get("kind")
-
-    def check_files(self) -> None:
-        """Raise `FileNotFoundError` unless the folder holds all files."""
-        check_files(self.folder, self.files)
+        return self.record.get("kind")
 
     def copy(self, folder: Path) -> dict[str, Any]:
         """Copy the files, and the card where there is none yet, into `folder`; return the record.
@@ -179,11 +175,11 @@ class AdapterReference:
         Raises:
             FileNotFoundError: if the folder records no adapter, or one of its files is missing.
         """
-        if self.record is None:
+        if not self.record:
             raise FileNotFoundError(f"`adapter={self.name!r}`: {CONFIG_NAME} there records no adapter.")
         if self.folder.resolve() == folder.resolve():
             return self.record
-        self.check_files()
+        check_files(self.folder, self.files)
         card = (self.folder / "README.md").is_file() and not (folder / "README.md").exists()
         for name in (*self.files, *(["README.md"] if card else [])):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +220,7 @@ def files_of(values: dict[str, Any], folder: Path, only_inside: bool = False) ->
     """
     where, files = f"{CONFIG_NAME} in {place(folder)}", dict[str, None]()  # in order, each once
     for inside, adapter in adapters_of(values, folder):
-        if adapter.record is None:
+        if not adapter.record:
             if only_inside:
                 raise ValueError(
                     f"{where} names an adapter elsewhere ({adapter.name!r}), and a repository must hold its own. "

@@ -151,7 +151,7 @@ def _render(folder: Path, config: Settings, repo_id: str | None, results: Result
     """Return front matter and text of a new card."""
     values = artefacts.read_values(folder)
     adapter = AdapterReference.parse(values, folder)
-    record = {} if adapter is None or adapter.record is None else adapter.record
+    record = {} if adapter is None else adapter.record
     cls = strategy_class(config.strategy)
     base = next((record[name].get("name") for name in _MODELS if isinstance(record.get(name), dict)), None)
     on_hub = str(base).count("/") == 1  # else it is the name of the folder that it was read from

@@ -45,7 +45,7 @@ _POSITIONAL = (
     "custom_generate",
 )
 _MARK = "_hf_specdec_original"
-_TAKEN = ("assistant_model", "assistant_tokenizer", "tokenizer", "custom_generate")
+_TAKEN = ("assistant_model", "assistant_tokenizer", "tokenizer")
 _UNSUPPORTED_FIELDS = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": None}
 
 
@@ -57,6 +57,7 @@ def decoding_loop(
     tokenizer: Any = None,
     assistant_tokenizer: Any = None,
     settings: dict[str, Any] | None = None,
+    num_assistant_tokens: int | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -64,7 +65,8 @@ def decoding_loop(
 ) -> DecodingLoop:
     """Return a callable for `model.generate(custom_generate=...)`: the official hook, no wrapper involved.
 
-    On that path Transformers drops what is not named here, and only the config's `num_assistant_tokens` counts.
+    On that path Transformers drops what is not named here; a `num_assistant_tokens` that `generate()` gets counts for
+    nothing.
 
     Args:
         strategy (`str` or `SpeculationConfig`): what `assistant_strategy` would be.
@@ -75,6 +77,7 @@ def decoding_loop(
             vocabulary.
         assistant_tokenizer (`PreTrainedTokenizerBase`, *optional*): see `tokenizer`.
         settings (`dict`, *optional*): fields of the config that differ from what `strategy` gives.
+        num_assistant_tokens (`int`, *optional*): what `generate()` would be given, over all settings.
         revision (`str`, *optional*): of a strategy that is a Hub repository, like the three below.
         token (`str` or `bool`, *optional*): for a private repository; by default that of `hf auth login`.
         cache_dir (`str` or `Path`, *optional*): of the Hub's files.
@@ -85,28 +88,15 @@ def decoding_loop(
             a Hub keyword with a strategy that is no Hub repository.
         OSError: if a Hub repository can't be read.
     """
-    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    models = {"assistant_model": assistant_model, "streamer": streamer}
-    return _make_loop(strategy, settings, hub, models, (tokenizer, assistant_tokenizer))
-
-
-def _make_loop(
-    strategy: str | SpeculationConfig,
-    settings: dict[str, Any] | None,
-    hub: dict[str, Any],
-    models: dict[str, Any],
-    tokenizers: tuple[Any, Any],
-    num_assistant_tokens: int | None = None,
-) -> DecodingLoop:
-    """Return the loop of a strategy; `num_assistant_tokens` is what `generate()` was given."""
     from .generation.admission import check_tokenizers
     from .generation.loop import DecodingLoop
     from .resolve import resolve_strategy
 
     _prepare_attention()
-    check_tokenizers(*tokenizers)
+    check_tokenizers(tokenizer, assistant_tokenizer)
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     config = resolve_strategy(strategy, settings, num_assistant_tokens=num_assistant_tokens, **hub)
-    return DecodingLoop(config, **models)
+    return DecodingLoop(config, assistant_model=assistant_model, streamer=streamer)
 
 
 @functools.cache
@@ -239,7 +229,8 @@ class _Call:
 
         `stop_strings` become a criterion here, because stock loses the tokenizer when the loop is a callable.
         """
-        keywords = {name: value for name, value in self.keywords.items() if name not in (*_TAKEN, *HUB_KEYWORDS)}
+        ours = (*_TAKEN, *HUB_KEYWORDS, "custom_generate")
+        keywords = {name: value for name, value in self.keywords.items() if name not in ours}
         strings = self.value("stop_strings")
         if strings is None:
             return keywords
@@ -284,13 +275,11 @@ def _generate(
         if value not in (None, neutral):
             raise ValueError(f"`{name}={value!r}` has no effect under `assistant_strategy`; allowed: {neutral!r}.")
     given = call.keywords
-    loop = _make_loop(
+    loop = decoding_loop(
         call.strategy,
-        call.settings,
-        {name: given[name] for name in HUB_KEYWORDS if name in given},
-        {name: given.get(name) for name in ("assistant_model", "streamer")},
-        (given.get("tokenizer"), given.get("assistant_tokenizer")),
-        call.value("num_assistant_tokens"),
+        settings=call.settings,
+        num_assistant_tokens=call.value("num_assistant_tokens"),
+        **{name: given[name] for name in (*_TAKEN, "streamer", *HUB_KEYWORDS) if name in given},
     )
     # before stock, which may run an encoder or build a cache; the loop takes the result
     windows = admission.admit(model, config, bool(given.get("synced_gpus")))

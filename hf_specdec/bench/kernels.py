@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..cache.sparse import flat_rows, gather_rows
+from ..cache.side import flat_index, gather_slots
 from ..kernels import explicit, packed, reference
-from ..kernels.step import Step
+from ..kernels.address import Address
+from ..kernels.request import AttentionRules
 from .cases import (
     RECENTS,
     SCORED,
@@ -178,9 +179,9 @@ def _ours(module: Any) -> Callable[[Case, Inputs], Run]:
     """Return the builder for one of the package's attention functions over the cache's storage."""
 
     def build(case: Case, inputs: Inputs) -> Run:
-        step = Step(case.starts, case.queries, inputs.query.device)
-        score = SCORED if case.kind == "scored" else None
-        return lambda: module.cached_attention(*inputs, step, scaling=case.scaling, score=score)
+        address = Address(case.starts, case.queries)
+        rules = AttentionRules(case.scaling, score=SCORED if case.kind == "scored" else None)
+        return lambda: module.cached_attention(*inputs, address, rules)
 
     return build
 
@@ -235,12 +236,12 @@ def _reduction(fast: bool) -> Callable[[Case, Inputs], Run]:
         # products up to a constant, which the softmax takes out again; -inf where a query may not read
         products = weights[:, :, [0, -1]].log()
         products = (products - products.amax(dim=-1, keepdim=True)).to(score_dtype(case.dtype))
-        step, last = Step(case.starts, 2, starts.device), torch.ones_like(starts)
+        address, last = Address(case.starts, 2), torch.ones_like(starts)
 
         def run() -> Any:
             found = torch.softmax(products.float(), dim=-1)
             if fast:
-                return None, explicit.token_scores(found.unflatten(1, (case.key_heads, -1)), step, SCORED)
+                return None, explicit.token_scores(found.unflatten(1, (case.key_heads, -1)), address, SCORED)
             return None, reference.token_scores(found, products, last, queries=SCORED.queries, metric=SCORED.metric)
 
         return run
@@ -255,7 +256,7 @@ def _gather(fast: bool) -> Callable[[Case, Lists], Run]:
         def run() -> list[torch.Tensor]:
             for at, (source, target) in enumerate(zip(inputs.sources, inputs.targets, strict=True)):
                 if fast:
-                    gather_rows(source, flat_rows(inputs.slots[at // 2], source), target)
+                    gather_slots(source, flat_index(inputs.slots[at // 2], source), target)
                 else:
                     target.copy_(_chosen(case, inputs, at))
             return inputs.targets

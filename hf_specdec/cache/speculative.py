@@ -14,7 +14,9 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import _compat
-from ..kernels.step import Step, upload
+from ..kernels.address import Address, upload
+from ..kernels.request import TOKENS_ONLY, ForwardRequest
+from ..kernels.step import Step
 
 
 class SpeculativeLayer(CacheLayerMixin):
@@ -61,20 +63,20 @@ class SpeculativeLayer(CacheLayerMixin):
                 setattr(self, name, new)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, address: Address, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the fed tokens' states `[n, h_kv, width, d]` to their slots and return the active rows' storage."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self.keys[: step.rows], self.values[: step.rows]
-        if step.uniform:
-            keys[:, :, step.low : step.high] = key_states
-            values[:, :, step.low : step.high] = value_states
+        keys, values = self.keys[: address.rows], self.values[: address.rows]
+        if address.uniform:
+            keys[:, :, address.low : address.high] = key_states
+            values[:, :, address.low : address.high] = value_states
         else:
-            rows, slots = torch.arange(step.rows, device=self.device)[:, None], step.writes_on(self.device)
+            rows, slots = torch.arange(address.rows, device=self.device)[:, None], address.write_slots_on(self.device)
             keys[rows, :, slots] = key_states.transpose(1, 2)
             values[rows, :, slots] = value_states.transpose(1, 2)
-        self.lengths, self.longest = step.ends_on(self.device), step.high
+        self.lengths, self.longest = address.ends_on(self.device), address.high
         return keys, values
 
     def swap(self, i: int, j: int) -> None:
@@ -118,6 +120,7 @@ class SpeculativeCache(Cache):
         kernels (`str`, *optional*, defaults to `"auto"`): what attends; see `kernels.choice`.
 
     Attributes:
+        own (`list[SpeculativeLayer]`): the layers whose storage grows with the text; all of them.
         step (`Step`, *optional*): what the forward in progress does.
         exact_slices (`bool`): `update` returns only slots in use. Stock attention reads all that it gets, so a prefill
             sets it; the package's own attention takes the whole storage and masks it, which is faster.
@@ -127,21 +130,20 @@ class SpeculativeCache(Cache):
 
     def __init__(self, windows: Sequence[int | None], rows: int, capacity: int, kernels: str = "auto") -> None:
         super().__init__(layers=[SpeculativeLayer(rows, capacity, window) for window in windows])
-        self.rows = rows
+        self.rows, self.own = rows, self.layers
         self.step: Step | None = None
         self.exact_slices = False
         self.kernels = kernels
 
-    def begin(self, step: Step) -> Step:
-        """Prepare for the forward that `step` describes, growing the storage where needed."""
-        for layer in self.layers:
-            layer.reserve(step.high)
-        return self.attach(step)
+    def begin(self, address: Address, request: ForwardRequest = TOKENS_ONLY) -> Step:
+        """Prepare for a forward, growing the storage where needed, and return its step."""
+        for layer in self.own:
+            layer.reserve(address.high)
+        return self.attach(address, request)
 
-    def attach(self, step: Step) -> Step:
-        """Make `step` the one in progress."""
-        self.step = step
-        step.kernels = self.kernels
+    def attach(self, address: Address, request: ForwardRequest = TOKENS_ONLY) -> Step:
+        """Return the step of a forward for which there is room, and make it the one in progress."""
+        self.step = step = Step(address, request, self.kernels)
         return step
 
     @property
@@ -159,9 +161,9 @@ class SpeculativeCache(Cache):
         step.layers_seen += 1
         if step.view is not None and step.view.covers(layer_idx):
             return step.view.append(layer_idx, key_states, value_states)
-        keys, values = self.layers[layer_idx].update(key_states, value_states, step)
+        keys, values = self.layers[layer_idx].update(key_states, value_states, step.address)
         if self.exact_slices:
-            return keys[:, :, : step.high], values[:, :, : step.high]
+            return keys[:, :, : step.address.high], values[:, :, : step.address.high]
         return keys, values
 
     def set_lengths(self, lengths: Sequence[int]) -> None:

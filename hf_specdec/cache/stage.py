@@ -10,29 +10,22 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from ..kernels.step import Step
 from .speculative import SpeculativeCache
 
 
 class StageCache(SpeculativeCache):
-    """The layers `[begin, end)` of a cache of one row, for forwards that run no other layer.
+    """The layers `[first, end)` of a cache of one row, for forwards that run no other layer.
 
     Args:
         whole (`SpeculativeCache`): whose storage it shares.
-        begin (`int`): first layer of the stage.
+        first (`int`): first layer of the stage.
         end (`int`): layer after its last.
     """
 
-    def __init__(self, whole: SpeculativeCache, begin: int, end: int) -> None:
+    def __init__(self, whole: SpeculativeCache, first: int, end: int) -> None:
         Cache.__init__(self, layers=[*whole.layers])
         self.rows, self.step, self.exact_slices, self.kernels = whole.rows, None, False, whole.kernels
-        self.own = whole.layers[begin:end]
-
-    def begin(self, step: Step) -> Step:
-        """Prepare for the forward that `step` describes, growing the stage's storage where needed."""
-        for layer in self.own:
-            layer.reserve(step.high)
-        return self.attach(step)
+        self.own = whole.layers[first:end]
 
     @property
     def length(self) -> int:

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
+from ..kernels.address import upload
 from ..kernels.dispatch import speculative_attention
-from ..kernels.step import ForwardRequest, upload
+from ..kernels.request import ForwardRequest
 from ..registry import preset, strategy_class
 from . import admission, programs
 from .models.draft_model import load_draft

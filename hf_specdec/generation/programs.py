@@ -17,11 +17,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from ..cache.sparse import SparseView
+from ..cache.sparse import ChosenView
 from ..cache.speculative import SpeculativeCache
 from ..kernels import choice
+from ..kernels.address import StaticAddress
 from ..kernels.opaque import EmptyCache, Entry
-from ..kernels.step import TOKENS_ONLY, ForwardRequest, StaticStep, Step
+from ..kernels.request import TOKENS_ONLY, ForwardRequest
+from ..kernels.step import Step
 from .runner import Forward, ModelRunner, head_input
 
 
@@ -93,17 +95,17 @@ class Program:
     """
 
     def __init__(self, runner: GraphRunner, width: int, request: ForwardRequest) -> None:
-        self.runner, self.hidden, self.width = runner, request.hidden, width
+        self.runner, self.request, self.width = runner, request, width
         cache, device = runner.cache, runner.device
         self.tokens = torch.zeros(cache.rows, width, dtype=torch.int64, device=device)
-        self.step = StaticStep(cache.rows, width, cache.layers[0].capacity, device, request.score, request.view)
+        self.address = StaticAddress(cache.rows, width, cache.layers[0].capacity, device)
         self._result: Forward
         self._again: Callable[[], None] | None = None
 
     def _run(self) -> Forward:
-        self.step.forget()
-        self.runner.cache.attach(self.step)
-        return self.runner.call(self.tokens, self.step, self.hidden)
+        self.address.forget()
+        step = self.runner.cache.attach(self.address, self.request)
+        return self.runner.call(self.tokens, step, self.request.hidden)
 
     def _record(self) -> Callable[[], None]:
         try:
@@ -117,12 +119,12 @@ class Program:
         return again
 
     def __call__(self, tokens: torch.Tensor, starts: Sequence[int], last: Sequence[int]) -> Forward:
-        """Run it for the active rows' `tokens` `[n, m]`, m at most the width; arguments as for `Step`."""
+        """Run it for the active rows' `tokens` `[n, m]`, m at most the width; arguments as for `Address`."""
         n, m = tokens.shape
-        if max(starts) + self.width > self.step.high:
-            raise RuntimeError(f"A forward at {max(starts)} does not fit the {self.step.high} slots of its graph.")
+        if max(starts) + self.width > self.address.high:
+            raise RuntimeError(f"A forward at {max(starts)} does not fit the {self.address.high} slots of its graph.")
         self.tokens[:n, :m].copy_(tokens)
-        self.step.move(starts, last)
+        self.address.move(starts, last)
         if self._again is None:
             self._again = self._record()
         self._again()
@@ -216,7 +218,7 @@ class GraphRunner(FixedWidthRunner):
         zeros, view = [0] * len(starts), request.score
         for width in self.widths if view is None else self.widths[-1:]:
             self._program(width, request)(tokens, starts, zeros)
-        if isinstance(view, SparseView):  # drafts read what it has chosen, from the next position on
+        if isinstance(view, ChosenView):  # drafts read what it has chosen, from the next position on
             following = [start + 1 for start in starts]
             view.place(following)
             self._program(self.widths[0], ForwardRequest(view=view))(tokens, following, zeros)
@@ -246,8 +248,8 @@ class InductorRunner(FixedWidthRunner):
         self.entry.step, step.windows = step, self.windows
         inputs = self.inputs(tokens, step)
         padding = (0, width - m, 0, self.cache.rows - n)
-        ids, places = (torch.nn.functional.pad(inputs[name], padding) for name in ("input_ids", "position_ids"))
-        logits, states = self.compiled(ids, places, EmptyCache(self.cache.windows), self.entry.number, hidden)
+        ids, positions = (torch.nn.functional.pad(inputs[name], padding) for name in ("input_ids", "position_ids"))
+        logits, states = self.compiled(ids, positions, EmptyCache(self.cache.windows), self.entry.number, hidden)
         return Forward(logits[:n, :m], None if states is None else states[:n, :m])
 
     def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> None:

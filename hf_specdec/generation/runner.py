@@ -11,7 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
-from ..kernels.step import TOKENS_ONLY, ForwardRequest, Step
+from ..kernels.address import Address
+from ..kernels.request import TOKENS_ONLY, ForwardRequest
+from ..kernels.step import Step
 
 
 class Forward(NamedTuple):
@@ -63,9 +65,9 @@ class ModelRunner:
         Raises:
             RuntimeError: if the model did not run every layer's attention through the package (first forward only).
         """
-        step = self.cache.begin(Step(starts, tokens.shape[1], self.device, request.score, request.last, request.view))
+        step = self.cache.begin(Address(starts, tokens.shape[1], request.last), request)
         if step.score is not None:
-            step.score.begin(step.starts, step.last)
+            step.score.begin(step.address.starts, step.address.last)
         return self.call(tokens, step, request.hidden)
 
     def call(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
@@ -79,7 +81,7 @@ class ModelRunner:
                 )
             self._checked = True
         if step.score is not None:
-            step.score.finish(step)
+            step.score.finish(step.address)
         return result
 
     def run_model(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
@@ -99,14 +101,14 @@ class ModelRunner:
         """Return the keywords of the model's forward over `tokens` `[n, m]`, which lie where `step` says."""
         return {
             "input_ids": tokens.to(self.device),
-            "position_ids": step.slots_on(self.device).clamp(max=self.last_position),
+            "position_ids": step.address.positions_on(self.device).clamp(max=self.last_position),
             "past_key_values": self.cache,
             "use_cache": True,
             "specdec_step": step,
         }
 
     def prefill(self, tokens: torch.Tensor, cached: int, chunk: int | None) -> None:
-        """Fill slots of every row with the model's own attention, which must be active.
+        """Fill the storage of every row with the model's own attention, which must be active.
 
         Args:
             tokens (`torch.Tensor` of shape `[n, m]`, int64): left-aligned ids; what follows a row's end is overwritten
@@ -117,12 +119,12 @@ class ModelRunner:
         self.cache.exact_slices = True
         width = tokens.shape[1]
         try:
-            for begin in range(cached, width, chunk or width):
-                part = tokens[:, begin : min(width, begin + (chunk or width))]
-                step = self.cache.begin(Step([begin] * part.shape[0], part.shape[1], self.device))
+            for start in range(cached, width, chunk or width):
+                part = tokens[:, start : min(width, start + (chunk or width))]
+                step = self.cache.begin(Address([start] * part.shape[0], part.shape[1]))
                 self.model(
                     input_ids=part.to(self.device),
-                    position_ids=step.slots_on(self.device)[:1].clamp(max=self.last_position),
+                    position_ids=step.address.positions_on(self.device)[:1].clamp(max=self.last_position),
                     past_key_values=self.cache,
                     use_cache=True,
                     return_dict=True,
@@ -131,17 +133,17 @@ class ModelRunner:
         finally:
             self.cache.exact_slices = False
 
-    def extend(self, text: torch.Tensor, begins: Sequence[int], ends: Sequence[int], chunk: int) -> None:
-        """Feed each row's tokens at positions `[begins[i], ends[i])` with our attention, in blocks of `chunk` columns.
+    def extend(self, text: torch.Tensor, firsts: Sequence[int], ends: Sequence[int], chunk: int) -> None:
+        """Feed each row's tokens at positions `[firsts[i], ends[i])` with our attention, in blocks of `chunk` columns.
 
         Args:
             text (`torch.Tensor` of shape `[n, >= max(ends)]`, int64): ids by position.
         """
-        width = max(end - begin for begin, end in zip(begins, ends, strict=True))
+        width = max(end - first for first, end in zip(firsts, ends, strict=True))
         for shift in range(0, width, chunk):
             m = min(chunk, width - shift)
-            # a row that is done feeds its last tokens again, at their own places
-            starts = [max(0, min(begin + shift, end - m)) for begin, end in zip(begins, ends, strict=True)]
+            # a row that is done feeds its last tokens again, at their own positions
+            starts = [max(0, min(first + shift, end - m)) for first, end in zip(firsts, ends, strict=True)]
             index = torch.tensor(starts, device=text.device)[:, None] + torch.arange(m, device=text.device)
             self.forward(text.gather(1, index), starts)
 

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..kernels.dispatch import speculative_attention
-from ..kernels.step import TOKENS_ONLY, ForwardRequest
+from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from .processors import ProcessorChain
 from .prompt import Prompt
 from .runner import Forward, ModelRunner

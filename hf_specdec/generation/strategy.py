@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
-from ..kernels.step import TOKENS_ONLY, ForwardRequest, upload
+from ..kernels.address import upload
+from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from . import acceptance, programs
 from .runner import Forward, ModelRunner
 from .state import DecodingState

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..kernels.step import upload
+from ..kernels.address import upload
 from .prompt import Prompt
 
 

@@ -15,8 +15,9 @@ import torch
 from transformers.utils import logging
 
 from . import explicit, flash, packed
-from .request import Request
-from .step import DraftView, SideRange, Step
+from .packed import Attention
+from .request import AttentionRules, DraftView, Request
+from .step import Step
 
 
 logger = logging.get_logger(__name__)
@@ -25,33 +26,26 @@ _EXPLICIT_QUERIES = 16
 """Queries per row up to which explicit attention is chosen on CPU; more would hold too large a score tensor."""
 
 
-Attention = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
-
-
 def _explicit_lacks(request: Request) -> str | None:
     if request.queries > _EXPLICIT_QUERIES and not (request.softcap or request.sinks):
         return f"a tensor of all scores is too large for more than {_EXPLICIT_QUERIES} queries per row"
     return None
 
 
-def _explicit(query: torch.Tensor, *args: Any, **rules: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _explicit(query: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     if query.shape[2] <= _EXPLICIT_QUERIES:
-        return explicit.cached_attention(query, *args, **rules)
-    return packed.in_pieces(explicit.cached_attention, _EXPLICIT_QUERIES)(query, *args, **rules)
-
-
-def _sdpa(*args: Any, **rules: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return packed.cached_attention(*args, **rules)
+        return explicit.cached_attention(query, *others)
+    return packed.in_pieces(explicit.cached_attention, _EXPLICIT_QUERIES)(query, *others)
 
 
 def _sdpa_lacks(request: Request) -> str | None:
     return "it has no soft-cap and no sinks" if request.softcap or request.sinks else None
 
 
-def _triton(*args: Any, **rules: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _triton(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     from . import fused  # triton is optional
 
-    return fused.cached_attention(*args, **rules)
+    return fused.cached_attention(*arguments)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -73,7 +67,7 @@ _ATTENTIONS: dict[str, Attention] = {
     "flash": flash.cached_attention,
     "triton": _triton,
     "explicit": _explicit,
-    "sdpa": _sdpa,
+    "sdpa": packed.cached_attention,
 }
 _ORDERS = {"cuda": ("flash", "triton", "sdpa", "explicit")}
 _ELSEWHERE = ("explicit", "sdpa")
@@ -106,50 +100,43 @@ def choose(name: str, request: Request) -> str:
     return chosen
 
 
-def cached_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, **rules: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend over the cache's storage by the chosen kernel; as `explicit.cached_attention`."""
-    return _ATTENTIONS[choose(step.kernels, Request.read(query, value, rules))](query, key, value, step, **rules)
-
-
 def uses_triton(name: str, request: Request) -> bool:
     """Whether drafts attend, and chosen tokens are gathered, by Triton's kernels."""
-    wanted = name == "triton" or (request.device == "cuda" and name in ("auto", "flash"))
-    return wanted and _triton_lacks(request) is None
-
-
-def side_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    view: DraftView,
-    layer_idx: int,
-    step: Step,
-    **rules: Any,
-) -> torch.Tensor:
-    """Attend over a view's side buffer, by Triton's kernel or in PyTorch; `[n, h_q, 1, d_v]`."""
-    request, n, device = Request.read(query, value, rules), query.shape[0], query.device
-    if uses_triton(step.kernels, request):
-        from . import fused
-
-        counts, ends, selected = step.memo(("reads", device), lambda: view.reads(layer_idx))
-        return fused.side_attention(query, key, value, SideRange(counts[:n], ends[:n], selected), **rules)
-    bias = step.memo(("bias", device, query.dtype), lambda: view.bias(layer_idx, query.dtype))
-    return explicit.side_attention(query, key, value, None if bias is None else bias[:n], **rules)
+    named = name == "triton" or (request.device == "cuda" and name in ("auto", "flash"))
+    return named and _triton_lacks(request) is None
 
 
 def attend_layer(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, layer_idx: int, rules: dict[str, Any]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: Step,
+    layer_idx: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return one layer's attention `[n, h_q, m, d_v]` over what the cache's `update` returned for it."""
     step.layers_attended += 1
     if step.view is not None and step.view.covers(layer_idx):
-        return side_attention(query, key, value, step.view, layer_idx, step, **rules)
+        return _attend_side(query, key, value, step, step.view, AttentionRules(scaling, None, softcap, sinks))
     score = step.score if step.score is not None and step.score.wants(layer_idx) else None
-    wanted = None if score is None else score.request
-    window = step.windows[layer_idx]
-    output, metric = cached_attention(query, key, value, step, window=window, score=wanted, **rules)
+    asked = None if score is None else score.request
+    rules = AttentionRules(scaling, step.windows[layer_idx], softcap, sinks, asked)
+    attention = _ATTENTIONS[choose(step.kernels, Request.read(query, value, rules))]
+    output, metric = attention(query, key, value, step.address, rules)
     if score is not None and metric is not None:
-        score.take(layer_idx, metric, step, key, value)
+        score.take(layer_idx, metric, step.address, key, value)
     return output
+
+
+def _attend_side(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, view: DraftView, rules: AttentionRules
+) -> torch.Tensor:
+    """Attend over a view's side buffer, by Triton's kernel or in PyTorch; `[n, h_q, 1, d_v]`."""
+    if uses_triton(step.kernels, Request.read(query, value, rules)):
+        from . import fused
+
+        return fused.side_attention(query, key, value, step.side_range(view, query.device), rules)
+    bias = step.side_bias(view, key.shape[2], query.device, query.dtype)
+    return explicit.side_attention(query, key, value, bias, rules)

@@ -79,12 +79,12 @@ def attention_function(
     if specdec_step is None:
         return _original(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rules: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux}
     layer_idx = cast(int, getattr(module, "layer_idx", None))
     if isinstance(specdec_step, torch.Tensor):  # a forward that is compiled: the step is only named
-        return opaque.attend(specdec_step, layer_idx, query, key, value, **rules).transpose(1, 2), None
+        return opaque.attend(query, key, value, specdec_step, layer_idx, scaling, softcap, s_aux).transpose(1, 2), None
     specdec_step.windows[layer_idx] = _admit(module, layer_idx, attention_mask, kwargs)
-    return choice.attend_layer(query, key, value, specdec_step, layer_idx, rules).transpose(1, 2), None
+    output = choice.attend_layer(query, key, value, specdec_step, layer_idx, scaling, softcap, s_aux)
+    return output.transpose(1, 2), None
 
 
 def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: dict[str, Any]) -> int | None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from .request import ScoreRequest
-from .step import Step
+from .address import Address
+from .request import AttentionRules, ScoreRequest
 
 
 _WHOLE_SHARE = 0.6
@@ -18,20 +18,15 @@ _WHOLE_SHARE = 0.6
 
 _GRAIN = 64
 """Slices begin and end at multiples of this: oneDNN prepares a bf16 product anew for every shape, and the two of one
-attention then take about as long as a decoder layer of a small model. So shapes should repeat from step to step."""
+attention then take about as long as a decoder layer of a small model. So shapes should repeat from step to address."""
 
 
 def cached_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    step: Step,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    score: ScoreRequest | None = None,
+    address: Address,
+    rules: AttentionRules,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; `kernels.reference` says what this computes.
 
@@ -39,12 +34,8 @@ def cached_attention(
         query (`torch.Tensor` of shape `[n, h_q, m, d]`): queries of the fed tokens.
         key (`torch.Tensor` of shape `[n, h_kv, C, d]`): storage of the active rows, all slots.
         value (`torch.Tensor` of shape `[n, h_kv, C, d_v]`): the same for values.
-        step (`Step`): where the queries are.
-        scaling (`float`): factor on the products.
-        window (`int`, *optional*): sliding window.
-        softcap (`float`, *optional*): as in the reference.
-        sinks (`torch.Tensor` of shape `[h_q]`, *optional*): as in the reference.
-        score (`ScoreRequest`, *optional*): which token scores to return.
+        address (`Address`): where the queries are.
+        rules (`AttentionRules`): how they attend, and which token scores to return.
 
     Returns:
         The output `[n, h_q, m, d_v]` and the token scores `[n, S]` or `[n, h_kv, S]` in float32, `None` unless asked
@@ -52,42 +43,39 @@ def cached_attention(
     """
     n, heads, m, _ = query.shape
     key_heads, capacity = key.shape[1], key.shape[2]
-    groups = heads // key_heads
-    first = 0 if window is None else max(0, step.low + 1 - window) // _GRAIN * _GRAIN
-    whole = first == 0 and step.high >= _WHOLE_SHARE * capacity
-    end = capacity if whole else min(capacity, -(-step.high // _GRAIN) * _GRAIN)
+    groups, window, score = heads // key_heads, rules.window, rules.score
+    first = 0 if window is None else max(0, address.low + 1 - window) // _GRAIN * _GRAIN
+    whole = first == 0 and address.high >= _WHOLE_SHARE * capacity
+    end = capacity if whole else min(capacity, -(-address.high // _GRAIN) * _GRAIN)
     rows = groups * m
 
     # [n * h_kv, S, d] @ [n * h_kv, d, rows]; the packed group shares each key that is read
-    packed = (query * scaling).reshape(n * key_heads, rows, -1)
+    packed = (query * rules.scaling).reshape(n * key_heads, rows, -1)
     keys = key[:, :, first:end].reshape(n * key_heads, end - first, -1)
     scores = torch.bmm(keys, packed.transpose(1, 2))
     raw = None
     if score is not None and score.metric == "logit":
-        raw = token_scores(scores.view(n, key_heads, -1, groups, m).movedim(2, -1), step, score) / scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    _hide(scores.view(n, key_heads, end - first, groups, m), step, first, end, window)
-    weights = _softmax(scores.transpose(1, 2), sinks, n, key_heads, groups, m)
+        raw = token_scores(scores.view(n, key_heads, -1, groups, m).movedim(2, -1), address, score) / rules.scaling
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    _hide(scores.view(n, key_heads, end - first, groups, m), address, first, end, window)
+    weights = _softmax(scores.transpose(1, 2), rules.sinks, n, key_heads, groups, m)
 
     metric = raw
     if score is not None and score.metric == "weight":
-        metric = token_scores(weights.view(n, key_heads, groups, m, -1), step, score)
+        metric = token_scores(weights.view(n, key_heads, groups, m, -1), address, score)
     output = torch.bmm(weights, value[:, :, first:end].reshape(n * key_heads, end - first, -1))
     return output.view(n, heads, m, -1), metric
 
 
-def _hide(scores: torch.Tensor, step: Step, first: int, end: int, window: int | None) -> None:
+def _hide(scores: torch.Tensor, address: Address, first: int, end: int, window: int | None) -> None:
     """Set to -inf what a query may not read, in place; `scores` is `[n, h_kv, S, groups, m]`."""
     # without a window every slot below the shortest row's start is visible to all
-    begin = first if window is not None else step.low
-    if begin == step.high - 1 and end == step.high:
+    masked = first if window is not None else address.low
+    if masked == address.high - 1 and end == address.high:
         return  # one query of one length: it reads everything, itself included
-    hidden = step.memo(
-        ("hidden", begin, end, window, scores.device),
-        lambda: step.hidden_slots(begin, end, window, scores.device).transpose(1, 2)[:, None, :, None],
-    )
-    scores[:, :, begin - first :].masked_fill_(hidden, -torch.inf)
+    hidden = address.hidden_columns(masked, end, window, scores.device)
+    scores[:, :, masked - first :].masked_fill_(hidden, -torch.inf)
 
 
 def _softmax(
@@ -100,20 +88,20 @@ def _softmax(
     return torch.softmax(torch.cat([scores, extra], dim=-1), dim=-1)[..., :-1].contiguous()
 
 
-def token_scores(source: torch.Tensor, step: Step, score: ScoreRequest) -> torch.Tensor:
+def token_scores(source: torch.Tensor, address: Address, score: ScoreRequest) -> torch.Tensor:
     """Return the mean of `source` `[n, h_kv, groups, m, S]` over heads and chosen query rows, float32 (or float64)."""
     queries = score.queries
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     dims = (2, 3) if score.per_head else (1, 2, 3)
     heads = source.shape[2] * (1 if score.per_head else source.shape[1])
-    last = step.same_last
+    last = address.same_last
     if last is not None:
         chosen = {"first_last": [0, last] if last else [0], "last": [last], "all": list(range(last + 1))}[queries]
         # evenly spaced rows as a strided view: one reduction, no copy
         spaced = source[:, :, :, chosen[0] : chosen[-1] + 1 : max(1, chosen[-1]) if queries == "first_last" else 1]
         return spaced.sum(dims, dtype=dtype).div_(heads * len(chosen))
     index = torch.arange(source.shape[3], device=source.device)
-    newest = step.last_on(source.device)[:, None]
+    newest = address.last_on(source.device)[:, None]
     picked = {"first_last": (index == 0) | (index == newest), "last": index == newest, "all": index <= newest}[queries]
     share = picked.to(dtype) / (heads * picked.sum(dim=1, keepdim=True))
     return (source.to(dtype) * share[:, None, None, :, None]).sum(dims)
@@ -124,10 +112,7 @@ def side_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     bias: torch.Tensor | None,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    rules: AttentionRules,
 ) -> torch.Tensor:
     """Attend with one query per row over a small side buffer.
 
@@ -137,12 +122,13 @@ def side_attention(
         value (`torch.Tensor` of shape `[n, h_kv, w, d_v]`): gathered values.
         bias (`torch.Tensor` of shape `[n, 1 or h_kv, 1, w]`, *optional*): 0, or -inf for columns that a row does not
             read.
-        scaling, softcap, sinks: as in `cached_attention`.
+        rules (`AttentionRules`): without a window and scores.
 
     Returns:
         `torch.Tensor` of shape `[n, h_q, 1, d_v]`.
     """
     n, heads, _, size = query.shape
+    scaling, softcap, sinks = rules.scaling, rules.softcap, rules.sinks
     packed = query.reshape(n, key.shape[1], -1, size)
     if softcap is None and sinks is None:
         output = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attn_mask=bias, scale=scaling)

@@ -6,8 +6,8 @@ import functools
 
 import torch
 
-from .request import Request, ScoreRequest
-from .step import Step
+from .address import Address
+from .request import AttentionRules, Request
 
 
 _LARGEST = 256
@@ -46,20 +46,15 @@ def cached_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    step: Step,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    score: ScoreRequest | None = None,
+    address: Address,
+    rules: AttentionRules,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`.
 
     Raises:
         ValueError: with `sinks` or `score`, which flash-attn does not offer.
     """
-    if sinks is not None or score is not None:
+    if rules.sinks is not None or rules.score is not None:
         raise ValueError("flash-attn supports neither sinks nor token scores.")
     from flash_attn import flash_attn_with_kvcache
 
@@ -68,10 +63,10 @@ def cached_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        cache_seqlens=step.memo((query.device, "ends32"), lambda: step.ends_on(query.device).int()),
-        softmax_scale=scaling,
+        cache_seqlens=address.ends_on(query.device, torch.int32),
+        softmax_scale=rules.scaling,
         causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
+        window_size=(-1, -1) if rules.window is None else (rules.window - 1, 0),
+        softcap=rules.softcap or 0.0,
     )
     return output.transpose(1, 2), None

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from . import triton_attention, triton_select
-from .request import Request, ScoreRequest
-from .step import SideRange, Step
+from .address import Address
+from .request import AttentionRules, Request, SideRange
 
 
 def lacks(request: Request) -> str | None:
@@ -22,26 +22,21 @@ def cached_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    step: Step,
-    *,
-    scaling: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    score: ScoreRequest | None = None,
+    address: Address,
+    rules: AttentionRules,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`."""
-    starts = step.starts_on(query.device)
-    last = None if score is None else step.last_on(query.device)
-    rules: dict[str, Any] = {"scaling": scaling, "window": window, "softcap": softcap}
+    starts, score = address.starts_on(query.device), rules.score
+    last = None if score is None else address.last_on(query.device)
+    shared: dict[str, Any] = {"scaling": rules.scaling, "window": rules.window, "softcap": rules.softcap}
     output, scores = triton_attention.attend_cache(
-        query, key, value, starts, longest=step.high, sinks=sinks, last=last, **rules
+        query, key, value, starts, longest=address.high, sinks=rules.sinks, last=last, **shared
     )
     if score is None or scores is None or last is None:
         return output, None
     choice: dict[str, Any] = {"queries": score.queries, "metric": score.metric}
     choice["key_heads"] = key.shape[1] if score.per_head else None
-    return output, triton_select.token_scores(scores, starts, last, length=step.high, **rules, **choice)
+    return output, triton_select.token_scores(scores, starts, last, length=address.high, **shared, **choice)
 
 
 def side_attention(
@@ -49,20 +44,8 @@ def side_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     reads: SideRange,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    rules: AttentionRules,
 ) -> torch.Tensor:
     """Attend with one query per row over a side buffer; as `explicit.side_attention`, masked by numbers per row."""
-    return triton_attention.attend_side(
-        query,
-        key,
-        value,
-        reads.counts,
-        reads.ends,
-        selected=reads.selected,
-        scaling=scaling,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    shared: dict[str, Any] = {"scaling": rules.scaling, "softcap": rules.softcap, "sinks": rules.sinks}
+    return triton_attention.attend_side(query, key, value, reads.counts, reads.ends, selected=reads.selected, **shared)

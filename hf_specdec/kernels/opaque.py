@@ -84,7 +84,7 @@ class EmptyCache(Cache):
 
 
 @torch.library.custom_op("hf_specdec::attend", mutates_args=())
-def _attend(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -94,42 +94,27 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    """Return the attention `[n, h_q, m, d_v]` of an entry, whose cache is written first.
+
+    Args:
+        query (`torch.Tensor` of shape `[n, h_q, m, d]`): queries of the fed tokens.
+        key (`torch.Tensor` of shape `[n, h_kv, m, d]`): their keys, not yet in the cache.
+        value (`torch.Tensor` of shape `[n, h_kv, m, d_v]`): their values.
+        number (`torch.Tensor`, int64): of an `Entry`.
+        layer_idx (`int`): the layer.
+        scaling, softcap, sinks: as in `AttentionRules`.
+    """
     entry = _entries[int(number)]
     step = entry.step
     if step is None:
         raise RuntimeError("A compiled forward ran outside the decoding loop.")
-    n, m = step.rows, step.width
+    n, m = step.address.rows, step.address.width
     keys, values = entry.cache.update(key[:n, :, :m], value[:n, :, :m], layer_idx)
-    rules = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
-    output = attend_layer(query[:n, :, :m], keys, values, step, layer_idx, rules)
+    output = attend_layer(query[:n, :, :m], keys, values, step, layer_idx, scaling, softcap, sinks)
     missing = (0, 0, 0, query.shape[2] - m, 0, 0, 0, query.shape[0] - n)
     return torch.nn.functional.pad(output, missing).contiguous() if any(missing) else output.contiguous()
 
 
-@_attend.register_fake
+@attend.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-def attend(
-    number: torch.Tensor,
-    layer_idx: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the attention `[n, h_q, m, d_v]` of the entry called `number`, whose cache is written first.
-
-    Args:
-        number (`torch.Tensor`, int64): of an `Entry`.
-        layer_idx (`int`): the layer.
-        query (`torch.Tensor` of shape `[n, h_q, m, d]`): queries of the fed tokens.
-        key (`torch.Tensor` of shape `[n, h_kv, m, d]`): their keys, not yet in the cache.
-        value (`torch.Tensor` of shape `[n, h_kv, m, d_v]`): their values.
-        scaling, softcap, sinks: as for `explicit.cached_attention`.
-    """
-    return _attend(query, key, value, number, layer_idx, scaling, softcap, sinks)

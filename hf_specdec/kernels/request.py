@@ -1,10 +1,13 @@
-"""`Request`: what an attention is asked for, which every kernel judges by itself; and `ScoreRequest`, a part of it."""
+"""What a forward, and each attention in it, is asked for beside tokens: records, and protocols of those who watch."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+
+from .address import Address
 
 
 class ScoreRequest(NamedTuple):
@@ -22,8 +25,27 @@ class ScoreRequest(NamedTuple):
     per_head: bool = False
 
 
+class AttentionRules(NamedTuple):
+    """How an attention weighs what it reads, and whether it returns scores.
+
+    Attributes:
+        scaling (`float`): factor on the products.
+        window (`int`, *optional*): a query at position i reads the positions `(i - window, i]`; `None` for `[0, i]`.
+        softcap (`float`, *optional*): scores become `softcap * tanh(score / softcap)` (Gemma-2).
+        sinks (`torch.Tensor` of shape `[h_q]`, *optional*): a learned logit per head that takes part in the softmax
+            and attends to nothing (gpt-oss).
+        score (`ScoreRequest`, *optional*): the token scores to return.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    score: ScoreRequest | None = None
+
+
 class Request(NamedTuple):
-    """What an attention is asked for.
+    """What a kernel must be able to do for an attention; every kernel judges by itself whether it can.
 
     Attributes:
         device (`str`): type of the device.
@@ -45,15 +67,85 @@ class Request(NamedTuple):
     score: ScoreRequest | None = None
 
     @classmethod
-    def read(cls, query: torch.Tensor, value: torch.Tensor, rules: dict[str, Any]) -> Request:
-        """Return the request that tensors `[n, h, m, d]` and the keywords of an attention make."""
-        return cls(
-            query.device.type,
-            query.dtype,
-            query.shape[3],
-            value.shape[3],
-            query.shape[2],
-            rules.get("softcap") is not None,
-            rules.get("sinks") is not None,
-            rules.get("score"),
-        )
+    def read(cls, query: torch.Tensor, value: torch.Tensor, rules: AttentionRules) -> Request:
+        """Return the request that tensors `[n, h, m, d]` and the rules of an attention make."""
+        capped, sinks = rules.softcap is not None, rules.sinks is not None
+        size, queries = query.shape[3], query.shape[2]
+        return cls(query.device.type, query.dtype, size, value.shape[3], queries, capped, sinks, rules.score)
+
+
+class SideRange(NamedTuple):
+    """What each row reads of a side buffer: the columns `[0, counts[j])` and `[selected, ends[j])`.
+
+    Attributes:
+        counts (`torch.Tensor` of shape `[n]`, int64): end of the first range.
+        ends (`torch.Tensor` of shape `[n]`, int64): end of the second.
+        selected (`int`): where the second begins.
+        whole (`bool`): whether all rows are known to read all columns.
+    """
+
+    counts: torch.Tensor
+    ends: torch.Tensor
+    selected: int
+    whole: bool = False
+
+
+class DraftView(Protocol):
+    """A side store that draft forwards read instead of the cache's layers (`cache.sparse.SparseView`)."""
+
+    def covers(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` reads the view in a draft forward."""
+
+    def append(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store one draft token's keys and values and return those that it attends to."""
+
+    def reads(self, device: torch.device) -> SideRange:
+        """Return which columns of what `append` returned each row reads, in any layer."""
+
+
+class ScoreSink(Protocol):
+    """Takes the scores of one layer's cached tokens during a target forward.
+
+    Attributes:
+        request (`ScoreRequest`): which scores it takes.
+    """
+
+    request: ScoreRequest
+
+    def begin(self, starts: Sequence[int], last: Sequence[int]) -> None:
+        """Prepare for a forward; per row the position of its first token and the index of its last real query."""
+
+    def wants(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` is to be scored."""
+
+    def take(
+        self, layer_idx: int, metric: torch.Tensor, address: Address, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Receive `metric` `[n, S]` (or `[n, h_kv, S]`), float32, and the layer's storage `[n, h_kv, capacity, d]`.
+
+        Entries of `metric` that a row may not choose are undefined.
+        """
+
+    def finish(self, address: Address) -> None:
+        """Learn that every layer has run."""
+
+
+class ForwardRequest(NamedTuple):
+    """What a forward is asked beside its tokens.
+
+    Attributes:
+        score (`ScoreSink`, *optional*): takes the two scored query rows' attention.
+        last (`list[int]`, *optional*): per row, the index of its last real query when it is scored; by default the
+            last token's.
+        view (`DraftView`, *optional*): read instead of the cache by the layers that it covers.
+        hidden (`bool`): whether the LM head's input is returned too.
+    """
+
+    score: ScoreSink | None = None
+    last: Sequence[int] | None = None
+    view: DraftView | None = None
+    hidden: bool = False
+
+
+TOKENS_ONLY = ForwardRequest()
+"""The request of a forward that is asked for nothing more."""

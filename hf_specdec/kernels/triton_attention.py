@@ -57,7 +57,7 @@ def _attend(  # type: ignore[no-untyped-def]
     step = packed // GROUP
     head, heads = key_head * GROUP + packed % GROUP, tl.num_programs(0) // tiles * GROUP
 
-    begin = 0
+    oldest = 0
     if SIDE:
         count, end = tl.load(counts + row).to(tl.int32), tl.load(ends + row).to(tl.int32)
         stop = tl.minimum(tl.maximum(count, end), capacity)
@@ -66,9 +66,9 @@ def _attend(  # type: ignore[no-untyped-def]
         position = start + step
         stop = tl.minimum(start + tl.minimum(m, (tile * ROWS + ROWS - 1) // GROUP + 1), capacity)
         if WINDOWED:
-            begin = tl.maximum(start + tile * ROWS // GROUP - window + 1, 0)
+            oldest = tl.maximum(start + tile * ROWS // GROUP - window + 1, 0)
     # whole blocks per part; parts beyond a short row's blocks stay empty
-    first = begin // KEYS * KEYS
+    first = oldest // KEYS * KEYS
     part = tl.cdiv(tl.cdiv(tl.maximum(stop - first, 0), KEYS), splits) * KEYS
     low = first + split * part
     high = tl.minimum(low + part, stop)
@@ -95,7 +95,7 @@ def _attend(  # type: ignore[no-untyped-def]
         if SIDE:
             readable = readable & ((columns < count) | ((columns >= selected) & (columns < end)))
         if WINDOWED:
-            readable = readable & (columns >= begin)
+            readable = readable & (columns >= oldest)
         slots = columns.to(tl.int64)
         # what may not be read can be NaN, and 0 * NaN is NaN: such keys and values must not be loaded at all
         keys = tl.load(key_at + slots[None, :] * k_slot, mask=readable[None, :] & (dims < HEAD), other=0.0)

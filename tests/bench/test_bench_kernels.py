@@ -101,8 +101,8 @@ def test_every_implementation_of_every_case_is_near_the_reference(dtype, most):
 @pytest.mark.parametrize("noise", [0.5, float("nan")])
 @pytest.mark.parametrize("kind", ["verify", "scored"])
 def test_a_broken_kernel_shows(monkeypatch, kind, noise):
-    def broken(query, key, value, step, **rules):
-        output, metric = original(query, key, value, step, **rules)
+    def broken(query, key, value, address, rules):
+        output, metric = original(query, key, value, address, rules)
         output[-1, -1, -1, -1] += noise
         return output, metric
 
@@ -124,7 +124,7 @@ def test_wrong_token_scores_show(monkeypatch):
 
 
 def test_a_gather_that_copies_nothing_shows(monkeypatch):
-    monkeypatch.setattr(kernels, "gather_rows", lambda *arguments: None)
+    monkeypatch.setattr(kernels, "gather_slots", lambda *arguments: None)
     rows = kernels.measure_kernels([of_kind("gather")], CPU, 1.0, ROOM)
     # the reference runs last, on the same targets: had it run first, its copies would not have counted
     assert {row.implementation: row.relative_error for row in rows} == {"explicit": 1.0, "reference": 0.0}

@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig
 
-from hf_specdec.cache.sparse import SparseView, flat_rows, gather_rows
+from hf_specdec.cache.selection import Selector
+from hf_specdec.cache.side import flat_index, gather_slots
+from hf_specdec.cache.sparse import SparseView
 from hf_specdec.cache.speculative import SpeculativeCache, SpeculativeLayer
-from hf_specdec.kernels.request import ScoreRequest
-from hf_specdec.kernels.step import Step
+from hf_specdec.kernels.address import Address
+from hf_specdec.kernels.request import ForwardRequest, ScoreRequest
 
 
 CPU = torch.device("cpu")
@@ -30,7 +32,7 @@ def states(tags: torch.Tensor, size: int = SIZE, offset: float = 0.0) -> torch.T
 
 def feed(cache, starts, tags, size=SIZE, **options):
     """One forward of `tags` `[n, m]` at `starts` through every layer; returns what the last layer reads."""
-    cache.begin(Step(starts, tags.shape[1], CPU, **options))
+    cache.begin(Address(starts, tags.shape[1]), **options)
     for index in range(len(cache.layers)):
         found = cache.update(states(tags), states(tags, size, offset=0.5), index)
     return found
@@ -120,7 +122,7 @@ def test_growth_doubles_and_keeps_content():
 def test_growth_is_at_least_what_is_needed():
     cache = SpeculativeCache([None], 1, 4)
     feed(cache, [0], torch.arange(3)[None])
-    cache.begin(Step([3], 50, CPU))
+    cache.begin(Address([3], 50))
     assert cache.layers[0].keys.shape[2] == 53
     assert torch.equal(cache.layers[0].keys[:, :, :3], states(torch.arange(3)[None]))
 
@@ -266,35 +268,35 @@ def budget(keys: int, valid: int) -> int:
 
 def view_of(rows: int, gamma: int, windows=(None, None), **options) -> tuple[SpeculativeCache, SparseView]:
     cache = SpeculativeCache(windows, rows, 64)
-    options = {"request": ScoreRequest(), **options}
-    return cache, SparseView(cache, rows, options.pop("budget", budget), 2 * gamma + 1, **options)
+    selector = Selector(rows, options.pop("budget", budget), options.pop("request", ScoreRequest()), **options)
+    return cache, SparseView(cache, selector, 2 * gamma + 1)
 
 
 def target_forward(cache, view, starts, tags, last=None, generator=None):
     """One scoring forward with random scores; returns the scores by layer."""
-    step = cache.begin(Step(starts, tags.shape[1], CPU, score=view, last=last))
-    view.begin(step.starts, step.last)
+    address = cache.begin(Address(starts, tags.shape[1], last), ForwardRequest(view)).address
+    view.begin(address.starts, address.last)
     metrics = {}
     for index in range(len(cache.layers)):
         keys, values = cache.update(states(tags), states(tags, offset=0.5), index)
         if view.wants(index):
-            shape = (len(starts), HEADS, step.high) if view.request.per_head else (len(starts), step.high)
+            shape = (len(starts), HEADS, address.high) if view.request.per_head else (len(starts), address.high)
             metrics[index] = torch.rand(shape, generator=generator)
-            view.take(index, metrics[index], step, keys, values)
-    view.finish(step)
+            view.take(index, metrics[index], address, keys, values)
+    view.finish(address)
     return metrics
 
 
 def draft_forward(cache, view, positions, tags):
     """One draft forward; returns per covered layer and row the tags that are read."""
     view.place(positions)
-    cache.begin(Step(positions, 1, CPU, view=view))
+    step = cache.begin(Address(positions, 1), ForwardRequest(view=view))
     read = {}
     for index in range(len(cache.layers)):
         keys, values = cache.update(states(tags), states(tags, offset=0.5), index)
         if not view.covers(index):
             continue
-        bias = view.bias(index, torch.float64)
+        bias = step.side_bias(view, keys.shape[2], CPU, torch.float64)
         shown = torch.ones(len(positions), keys.shape[2], dtype=torch.bool) if bias is None else bias[:, 0, 0] == 0
         assert keys.isfinite().all() and values.isfinite().all()
         assert torch.equal(values.transpose(1, 2)[shown], keys.transpose(1, 2)[shown] + 0.5)
@@ -382,6 +384,41 @@ def test_swap_moves_a_rows_choice():
         assert after[index] == [before[index][2], before[index][1]]
 
 
+@pytest.mark.parametrize(
+    "options", [{"budget": lambda keys, valid: valid}, {"by_position": True}], ids=["all", "window"]
+)
+def test_swap_of_a_list_that_all_key_heads_share(options):
+    cache, view = view_of(2, 2, request=ScoreRequest(per_head=True), **options)
+    feed(cache, [0, 0], torch.zeros(2, 20))
+    target_forward(cache, view, [19, 19], torch.zeros(2, 1))
+    chosen = {index: lists.clone() for index, lists in view.chosen.items()}
+    view.swap(0, 1)
+    for index, lists in view.chosen.items():
+        assert torch.equal(lists, chosen[index][[1, 0]])
+
+
+def test_shrink_forgets_rows_that_have_finished():
+    cache, view = view_of(3, 2)
+    tags = torch.arange(12).view(1, 12) + 1000 * torch.arange(1, 4)[:, None]
+    feed(cache, [0, 0, 0], tags)
+    starts = [11, 5, 8]
+    target_forward(cache, view, starts, tags.gather(1, torch.tensor(starts)[:, None]))
+    before = draft_forward(cache, view, [12, 6, 9], torch.tensor([[1012], [2006], [3009]]))
+    for follower in (cache, view):
+        follower.swap(0, 2)
+        follower.shrink(2)
+    assert view.valid == [9, 6] and len(view.counts) == 2
+    assert {len(chosen) for chosen in view.chosen.values()} == {2}
+    after = draft_forward(cache, view, [9, 6], torch.tensor([[3009], [2006]]))
+    for index in after:
+        assert after[index] == [before[index][2], before[index][1]]
+    target_forward(cache, view, [9, 6], torch.tensor([[3009], [2006]]))  # the next round needs no other rows
+    assert view.valid == [10, 7]
+    for follower in (cache, view):
+        follower.shrink(0)
+    assert not view.valid
+
+
 def test_buffers_grow_with_the_budget():
     """A selection that outgrows the buffers gets larger ones; content is right before and after."""
     sizes = []
@@ -418,15 +455,15 @@ def test_a_choice_per_key_head():
                 assert {round(tag) - 1000 * (row + 1) for tag in stored.tolist()} == wanted
 
 
-@pytest.mark.parametrize(("sinks", "locals_"), [(2, 0), (0, 2), (1, 2)])
-def test_sinks_and_newest_candidates_are_always_chosen(sinks, locals_):
-    cache, view = view_of(2, 2, sinks=sinks, locals_=locals_)
+@pytest.mark.parametrize(("sinks", "newest"), [(2, 0), (0, 2), (1, 2)])
+def test_sinks_and_newest_candidates_are_always_chosen(sinks, newest):
+    cache, view = view_of(2, 2, sinks=sinks, newest=newest)
     feed(cache, [0, 0], torch.zeros(2, 20))
     target_forward(cache, view, [19, 14], torch.zeros(2, 1))
     for row, valid in enumerate([20, 15]):
         chosen = set(view.chosen[0][row, : view.counts[row]].tolist())
         assert len(chosen) == view.counts[row] and max(chosen) < valid
-        assert chosen >= set(range(sinks)) | set(range(valid - locals_, valid))
+        assert chosen >= set(range(sinks)) | set(range(valid - newest, valid))
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -463,12 +500,12 @@ def test_a_stale_row_writes_no_other_column():
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_gather_rows(per_head, heads):
+def test_gather_slots(per_head, heads):
     generator = torch.Generator().manual_seed(0)
     storage = torch.randn(2, heads, 11, 4, generator=generator)
     index = torch.randint(0, 11, (2, heads, 5) if per_head else (2, 5), generator=generator)
     out = torch.zeros(2, heads, 9, 4)
-    gather_rows(storage, flat_rows(index, storage), out[:, :, 2:7])  # a slice: any strides
+    gather_slots(storage, flat_index(index, storage), out[:, :, 2:7])  # a slice: any strides
     for row in range(2):
         for head in range(heads):
             wanted = storage[row, head, index[row, head] if per_head else index[row]]
@@ -476,17 +513,17 @@ def test_gather_rows(per_head, heads):
     assert not out[:, :, :2].any() and not out[:, :, 7:].any()
 
 
-def test_gather_rows_from_the_active_rows_of_a_storage():
+def test_gather_slots_from_the_active_rows_of_a_storage():
     storage = torch.randn(4, 2, 9, 3)
     out = torch.zeros(2, 2, 2, 3)
-    gather_rows(storage[:2], flat_rows(torch.tensor([[1, 8], [0, 3]]), storage[:2]), out)
+    gather_slots(storage[:2], flat_index(torch.tensor([[1, 8], [0, 3]]), storage[:2]), out)
     assert torch.equal(out[1, 1], storage[1, 1, [0, 3]])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_layers_on_two_devices():
     cache = SpeculativeCache([None, None], 2, 8)
-    step = cache.begin(Step([0, 3], 2, torch.device("cuda", 0)))
+    step = cache.begin(Address([0, 3], 2))
     for index in range(2):
         tags = torch.arange(4, device=f"cuda:{index}").view(2, 2)
         part = tags[:, None, :, None].double().expand(-1, HEADS, -1, SIZE)

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from hf_specdec.cache.sparse import SparseView
+from hf_specdec.cache.selection import Selector
 from hf_specdec.generation.methods.spd.method import SPDConfig
 from hf_specdec.registry import presets
 
@@ -33,14 +33,14 @@ def on_one_rank(rank, folder):
     model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float64)
     model.generation_config.pad_token_id = 0
     assistant, (ids, mask) = families.perturbed(build()), families.prompts()
-    chosen, original = [], SparseView._choose
+    chosen, original = [], Selector.choose
 
-    def choose(self, metric, step):
-        found = original(self, metric, step)
+    def choose(self, metric):
+        found = original(self, metric)
         chosen.append(found.clone())
         return found
 
-    SparseView._choose = choose
+    Selector.choose = choose
     texts = {}
     for name in PRESETS:
         for sample in (False, True):

@@ -27,7 +27,7 @@ from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import Forward, ModelRunner
 from hf_specdec.kernels import choice
 from hf_specdec.kernels.dispatch import register, speculative_attention
-from hf_specdec.kernels.step import ForwardRequest
+from hf_specdec.kernels.request import ForwardRequest
 
 
 COMPILED = (

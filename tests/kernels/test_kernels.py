@@ -13,7 +13,8 @@ from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.integration import decoding_loop
 from hf_specdec.kernels import choice, dispatch, explicit, packed, reference
-from hf_specdec.kernels.request import ScoreRequest
+from hf_specdec.kernels.address import Address, once
+from hf_specdec.kernels.request import AttentionRules, ScoreRequest
 from hf_specdec.kernels.step import Step
 
 
@@ -49,7 +50,7 @@ def test_full_attention(kernel, dtype, starts, m, groups, key_heads):
     query, key, value = inputs(
         starts, m, groups=groups, key_heads=key_heads, capacity=max(starts) + m + 3, dtype=dtype
     )
-    output, metric = KERNELS[kernel](query, key, value, Step(starts, m, CPU), scaling=0.3)
+    output, metric = KERNELS[kernel](query, key, value, Address(starts, m), AttentionRules(0.3))
     assert metric is None and output.dtype == dtype
     torch.testing.assert_close(output, expected(query, key, value, starts, scaling=0.3), atol=TIGHT[dtype], rtol=0)
 
@@ -60,7 +61,7 @@ def test_full_attention(kernel, dtype, starts, m, groups, key_heads):
 @over("m", [1, 3, 9])
 def test_sliding_window(kernel, window, starts, m):
     query, key, value = inputs(starts, m)
-    output, _ = KERNELS[kernel](query, key, value, Step(starts, m, CPU), scaling=0.4, window=window)
+    output, _ = KERNELS[kernel](query, key, value, Address(starts, m), AttentionRules(0.4, window=window))
     wanted = expected(query, key, value, starts, scaling=0.4, window=window)
     torch.testing.assert_close(output, wanted, atol=1e-12, rtol=0)
 
@@ -74,7 +75,7 @@ def test_softcap_and_sinks(starts, m, window, softcap, sinks, groups):
     query, key, value = inputs(starts, m, groups=groups)
     rules = {"scaling": 0.5, "window": window, "softcap": softcap}
     rules["sinks"] = torch.linspace(-1, 2, 2 * groups, dtype=torch.float64) if sinks else None
-    output, _ = explicit.cached_attention(query, key, value, Step(starts, m, CPU), **rules)
+    output, _ = explicit.cached_attention(query, key, value, Address(starts, m), AttentionRules(**rules))
     torch.testing.assert_close(output, expected(query, key, value, starts, **rules), atol=1e-12, rtol=0)
 
 
@@ -82,7 +83,7 @@ def test_softcap_and_sinks(starts, m, window, softcap, sinks, groups):
 def test_packed_refuses_what_it_cannot_do(rules):
     query, key, value = inputs([3], 1)
     with pytest.raises(ValueError, match="soft-cap"):
-        packed.cached_attention(query, key, value, Step([3], 1, CPU), scaling=1.0, **rules)
+        packed.cached_attention(query, key, value, Address([3], 1), AttentionRules(1.0, **rules))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -91,7 +92,7 @@ def test_packed_refuses_what_it_cannot_do(rules):
 def test_capacity_does_not_matter(kernel, capacity, starts):
     """Storage much larger than the text, about as large, and either side of the share from which all of it is read."""
     query, key, value = inputs(starts, 3, capacity=capacity)
-    output, metric = KERNELS[kernel](query, key, value, Step(starts, 3, CPU), scaling=0.3, score=ScoreRequest())
+    output, metric = KERNELS[kernel](query, key, value, Address(starts, 3), AttentionRules(0.3, score=ScoreRequest()))
     used = key[:, :, :20], value[:, :, :20]
     torch.testing.assert_close(output, expected(query, *used, starts, scaling=0.3), atol=1e-12, rtol=0)
     weights, raw = reference.attention_weights(query, used[0], torch.tensor(starts), scaling=0.3)
@@ -102,7 +103,7 @@ def test_capacity_does_not_matter(kernel, capacity, starts):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_key_and_value_sizes_may_differ(kernel):
     query, key, value = inputs([4, 11], 3, d=6, d_v=10)
-    output, _ = KERNELS[kernel](query, key, value, Step([4, 11], 3, CPU), scaling=0.3)
+    output, _ = KERNELS[kernel](query, key, value, Address([4, 11], 3), AttentionRules(0.3))
     assert output.shape == (2, 4, 3, 10)
     torch.testing.assert_close(output, expected(query, key, value, [4, 11], scaling=0.3), atol=1e-12, rtol=0)
 
@@ -112,9 +113,9 @@ def test_rows_do_not_disturb_each_other(kernel):
     """What stands in one row's storage, NaN included, never reaches another row."""
     starts = [9, 14, 6]
     query, key, value = inputs(starts, 2)
-    clean, _ = KERNELS[kernel](query, key, value, Step(starts, 2, CPU), scaling=0.3)
+    clean, _ = KERNELS[kernel](query, key, value, Address(starts, 2), AttentionRules(0.3))
     key[1], value[1] = torch.nan, torch.nan
-    poisoned, _ = KERNELS[kernel](query, key, value, Step(starts, 2, CPU), scaling=0.3)
+    poisoned, _ = KERNELS[kernel](query, key, value, Address(starts, 2), AttentionRules(0.3))
     torch.testing.assert_close(poisoned[[0, 2]], clean[[0, 2]], atol=0, rtol=0)
     assert poisoned[1].isnan().all()
 
@@ -126,7 +127,7 @@ def test_bfloat16_error(kernel, m):
     starts = [200, 200]
     query, key, value = inputs(starts, m, groups=3, key_heads=3, d=64, d_v=64, spread=1.0, dtype=torch.bfloat16)
     wanted = expected(query.double(), key.double(), value.double(), starts, scaling=0.125)
-    output, _ = KERNELS[kernel](query, key, value, Step(starts, m, CPU), scaling=0.125)
+    output, _ = KERNELS[kernel](query, key, value, Address(starts, m), AttentionRules(0.125))
     mask = torch.arange(200 + m) <= (200 + torch.arange(m))[:, None]
     stock = torch.nn.functional.scaled_dot_product_attention(
         query, key.repeat_interleave(3, 1), value.repeat_interleave(3, 1), attn_mask=mask, scale=0.125
@@ -145,8 +146,9 @@ def test_bfloat16_error(kernel, m):
 def test_token_scores(kernel, queries, metric, per_head, starts, last, groups, key_heads):
     """Table rows 3, 5 and 16: the mean over query heads and chosen rows, in float64."""
     query, key, value = inputs(starts, 5, groups=groups, key_heads=key_heads, capacity=max(starts) + 6)
-    step = Step(starts, 5, CPU, last=last)
-    _, scores = KERNELS[kernel](query, key, value, step, scaling=0.3, score=ScoreRequest(queries, metric, per_head))
+    address = Address(starts, 5, last)
+    rules = AttentionRules(0.3, score=ScoreRequest(queries, metric, per_head))
+    _, scores = KERNELS[kernel](query, key, value, address, rules)
     weights, raw = reference.attention_weights(query, key, torch.tensor(starts), scaling=0.3)
     wanted = reference.token_scores(
         weights, raw, torch.tensor(last), queries=queries, metric=metric, key_heads=key_heads if per_head else None
@@ -163,8 +165,9 @@ def test_token_scores_with_softcap_and_sinks(softcap, with_sinks, metric):
     starts, last = [4, 13], [3, 1]
     query, key, value = inputs(starts, 4, groups=2)
     rules = {"scaling": 0.5, "softcap": softcap, "sinks": torch.arange(4).double() if with_sinks else None}
-    step = Step(starts, 4, CPU, last=last)
-    _, scores = explicit.cached_attention(query, key, value, step, score=ScoreRequest(metric=metric), **rules)
+    address = Address(starts, 4, last)
+    asked = AttentionRules(**rules, score=ScoreRequest(metric=metric))
+    _, scores = explicit.cached_attention(query, key, value, address, asked)
     weights, raw = reference.attention_weights(query, key, torch.tensor(starts), **rules)
     wanted = reference.token_scores(weights, raw, torch.tensor(last), queries="first_last", metric=metric)
     for row, start in enumerate(starts):
@@ -174,7 +177,7 @@ def test_token_scores_with_softcap_and_sinks(softcap, with_sinks, metric):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_token_scores_in_low_precision_are_float32(kernel):
     query, key, value = inputs([50], 4, d=32, dtype=torch.bfloat16, spread=1.0)
-    _, scores = KERNELS[kernel](query, key, value, Step([50], 4, CPU), scaling=0.2, score=ScoreRequest("all"))
+    _, scores = KERNELS[kernel](query, key, value, Address([50], 4), AttentionRules(0.2, score=ScoreRequest("all")))
     assert scores.dtype == torch.float32
     weights, raw = reference.attention_weights(query, key, torch.tensor([50]), scaling=0.2)
     wanted = reference.token_scores(weights, raw, torch.tensor([3]), queries="all", metric="weight")
@@ -189,11 +192,11 @@ def test_row_15_weights_sum_to_one_over_what_a_query_sees(kernel, starts):
     value[:] = 7e5
     for row, start in enumerate(starts):
         value[row, :, : start + 3] = 1
-    output, _ = KERNELS[kernel](query, key, value, Step(starts, 3, CPU), scaling=0.6)
+    output, _ = KERNELS[kernel](query, key, value, Address(starts, 3), AttentionRules(0.6))
     torch.testing.assert_close(output, torch.ones_like(output), atol=1e-12, rtol=0)
     for queries, total in (("last", 1.0), ("first_last", 1.0), ("all", 1.0)):
         rule = ScoreRequest(queries, per_head=True)
-        _, scores = KERNELS[kernel](query, key, value, Step(starts, 3, CPU), scaling=0.6, score=rule)
+        _, scores = KERNELS[kernel](query, key, value, Address(starts, 3), AttentionRules(0.6, score=rule))
         torch.testing.assert_close(scores.sum(-1), torch.full_like(scores[..., 0], total), atol=1e-12, rtol=0)
 
 
@@ -223,7 +226,7 @@ def test_in_pieces(kernel, size, window):
     starts = [3, 21]
     query, key, value = inputs(starts, 13)
     pieces = packed.in_pieces(KERNELS[kernel], size)
-    output, metric = pieces(query, key, value, Step(starts, 13, CPU), scaling=0.3, window=window)
+    output, metric = pieces(query, key, value, Address(starts, 13), AttentionRules(0.3, window=window))
     wanted = expected(query, key, value, starts, scaling=0.3, window=window)
     assert metric is None
     torch.testing.assert_close(output, wanted, atol=1e-12, rtol=0)
@@ -233,7 +236,7 @@ def test_in_pieces_takes_no_scores():
     query, key, value = inputs([3], 4)
     with pytest.raises(ValueError, match="scores"):
         packed.in_pieces(explicit.cached_attention, 2)(
-            query, key, value, Step([3], 4, CPU), scaling=1.0, score=ScoreRequest("last")
+            query, key, value, Address([3], 4), AttentionRules(1.0, score=ScoreRequest("last"))
         )
 
 
@@ -252,7 +255,7 @@ def test_side_attention(dtype, groups, key_heads, softcap, sinks, masked):
         read[0, 3:6], read[1, 0] = False, False
         bias = torch.zeros(n, 1, 1, width, dtype=dtype).masked_fill_(~read[:, None, None], -torch.inf)
         key = torch.where(read[:, None, :, None], key, LARGE)
-    output = explicit.side_attention(query, key, value, bias, **rules)
+    output = explicit.side_attention(query, key, value, bias, AttentionRules(**rules))
     for row in range(n):
         chosen = (states[row : row + 1, :, read[row]] for states in (key, value))
         wanted = expected(query[row : row + 1], *chosen, [int(read[row].sum()) - 1], **rules)
@@ -262,42 +265,63 @@ def test_side_attention(dtype, groups, key_heads, softcap, sinks, masked):
 def test_row_13_side_columns_may_stand_in_any_order():
     query, key, value = inputs([16], 1)
     order = torch.randperm(17)
-    rules = {"scaling": 0.4}
-    one = explicit.side_attention(query, key, value, None, **rules)
-    other = explicit.side_attention(query, key[:, :, order], value[:, :, order], None, **rules)
+    rules = AttentionRules(0.4)
+    one = explicit.side_attention(query, key, value, None, rules)
+    other = explicit.side_attention(query, key[:, :, order], value[:, :, order], None, rules)
     torch.testing.assert_close(one, other, atol=1e-13, rtol=0)
 
 
-# the step
+# the address
 
 
-def test_step_positions():
-    step = Step([3, 8], 4, CPU)
-    assert (step.low, step.high, step.uniform, step.rows) == (3, 12, False, 2)
-    assert step.slots_on(CPU).tolist() == [[3, 4, 5, 6], [8, 9, 10, 11]]
-    assert step.ends_on(CPU).tolist() == [7, 12]
-    assert step.last == [3, 3]
-    assert Step([5, 5], 2, CPU).uniform
+def test_address():
+    address = Address([3, 8], 4)
+    assert (address.low, address.high, address.uniform, address.rows) == (3, 12, False, 2)
+    assert address.positions_on(CPU).tolist() == [[3, 4, 5, 6], [8, 9, 10, 11]]
+    assert address.ends_on(CPU).tolist() == [7, 12]
+    assert address.last == (3, 3)
+    assert Address([5, 5], 2).uniform
 
 
 @over("window", [None, 1, 3])
 @over("starts", [[4], [4, 4], [0, 6]])
-def test_hidden_slots(window, starts):
-    step = Step(starts, 3, CPU)
-    hidden = step.hidden_slots(2, 9, window, CPU).expand(len(starts), -1, -1)
+def test_hidden_positions(window, starts):
+    hidden = Address(starts, 3).hidden(2, 9, window, CPU).expand(len(starts), -1, -1)
     for row, start in enumerate(starts):
         for i in range(3):
-            for index, slot in enumerate(range(2, 9)):
+            for index, read in enumerate(range(2, 9)):
                 position = start + i
-                visible = slot <= position and (window is None or slot > position - window)
+                visible = read <= position and (window is None or read > position - window)
                 assert bool(hidden[row, i, index]) is not visible
 
 
-def test_memo_builds_once():
-    step, built = Step([0], 1, CPU), []
+def test_what_is_computed_once():
+    """Kept per object, method and arguments, `None` included, until the object forgets."""
+
+    class Counter:
+        def __init__(self):
+            self.made, self.calls = {}, []
+
+        @once
+        def of(self, number):
+            self.calls.append(number)
+            return None if number else self.calls
+
+        @once
+        def other(self, number):
+            return number + 1
+
+    one, two = Counter(), Counter()
     for _ in range(3):
-        assert step.memo("key", lambda: built.append(1) or "made") == "made"
-    assert built == [1]
+        assert one.of(0) is one.calls and one.of(1) is None and one.other(1) == 2
+    assert (one.calls, two.calls) == ([0, 1], [])
+    one.made.clear()
+    one.of(1)
+    assert one.calls == [0, 1, 1]
+    address = Address([4, 2], 3)
+    assert address.starts_on(CPU) is address.starts_on(CPU)
+    assert address.hidden(0, 7, None, CPU) is address.hidden(0, 7, None, CPU)
+    assert address.hidden(0, 7, 3, CPU) is not address.hidden(0, 7, None, CPU)
 
 
 # the switch
@@ -338,9 +362,7 @@ def test_with_a_step_our_attention_runs(attention, monkeypatch):
     wanted = forward(model, ids)
     calls = []
     original = explicit.cached_attention
-    monkeypatch.setattr(
-        explicit, "cached_attention", lambda *args, **rules: calls.append(1) or original(*args, **rules)
-    )
+    monkeypatch.setattr(explicit, "cached_attention", lambda *arguments: calls.append(1) or original(*arguments))
     cache = SpeculativeCache([None, None], 1, 16)
     with dispatch.speculative_attention(model), torch.no_grad():
         logits = ModelRunner(model, cache, 64).forward(ids, [0]).logits
@@ -404,7 +426,7 @@ def attend(**kwargs):
     module = llama().model.layers[0].self_attn
     query, key, value = inputs([3], 1, groups=2, key_heads=2)
     mask = kwargs.pop("mask", None)
-    return dispatch.attention_function(module, query, key, value, mask, specdec_step=Step([3], 1, CPU), **kwargs)
+    return dispatch.attention_function(module, query, key, value, mask, specdec_step=Step(Address([3], 1)), **kwargs)
 
 
 def test_an_unknown_tensor_keyword_is_refused():
@@ -423,7 +445,7 @@ def test_an_unknown_mask_is_refused():
 def test_a_module_without_a_layer_index_is_refused():
     query, key, value = inputs([3], 1)
     with pytest.raises(ValueError, match="layer_idx"):
-        dispatch.attention_function(torch.nn.Linear(1, 1), query, key, value, None, specdec_step=Step([3], 1, CPU))
+        dispatch.attention_function(torch.nn.Linear(1, 1), query, key, value, None, specdec_step=Step(Address([3], 1)))
 
 
 @over(

@@ -14,11 +14,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ...cache.fixed import FixedView
+from ...cache.selection import FixedSelector
 from ...cache.speculative import SpeculativeCache
 from ...generation.methods.vegas import VegasConfig
 from ...generation.programs import make_runner
 from ...kernels.dispatch import register, speculative_attention
-from ...kernels.step import ForwardRequest
+from ...kernels.request import ForwardRequest
 from ..cases import SCORED
 from ..steps import TINY, build, shape_config, weight_bytes
 from .kernel_stages import QUERIES
@@ -66,18 +67,18 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
         layer.lazy_initialization(like, like)
         layer.keys.normal_()
         layer.values.normal_()
-    view = FixedView(cache, rows, VegasConfig(min_tokens=16).budget, 2 * QUERIES - 1, SCORED, longest=longest)
+    selector = FixedSelector(rows, VegasConfig(min_tokens=16).budget, SCORED, longest=longest, device=run.device)
+    view = FixedView(cache, selector, 2 * QUERIES - 1)
     runner = make_runner(mode, model, cache, longest, widths=[1, QUERIES])
     tokens = torch.randint(config.vocab_size, (rows, QUERIES), device=run.device)
     one, starts = tokens[:, :1], [context - 1] * rows
-    first, verify = (ForwardRequest(score=view, last=[last] * rows) for last in (0, QUERIES - 1))
 
     def draft() -> Any:
         view.place([context] * rows)
         return runner.forward(one, [context] * rows, ForwardRequest(view=view))
 
     forwards: dict[str, Callable[[], Any]] = {
-        "verification, scored": lambda: runner.forward(tokens, starts, verify),
+        "verification, scored": lambda: runner.forward(tokens, starts, ForwardRequest(view)),
         "verification": lambda: runner.forward(tokens, starts),
         "draft step": draft,
         "plain step": lambda: runner.forward(one, starts),
@@ -87,7 +88,7 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
         _linear_layers(run, model, rows)
         for what, call in (("first forward", runner.forward), ("captures of a round", runner.warm_up)):
             started = time.perf_counter()
-            call(one, starts, first)
+            call(one, starts, ForwardRequest(view))
             run.wait()
             run.note(what, seconds=time.perf_counter() - started, **note)
         for name, forward in forwards.items():
@@ -140,13 +141,13 @@ def _selection(run: StageRun, view: FixedView, cache: SpeculativeCache, rows: in
     """Time the parts of a selection: the choice, sorted or not, and the gather, by score or in the text's order."""
     from ...kernels import triton_select  # triton is optional
 
-    metrics = torch.rand(len(view.order), rows, context, device=run.device)
+    metrics = torch.rand(len(view.layers), rows, context, device=run.device)
     for ordered in (True, False):
         ms = run.timed(partial(metrics.topk, view.selected, sorted=ordered), cold=False)
         run.note("topk", sorted=ordered, ms=ms, shape=list(metrics.shape), chosen=view.selected)
     best = metrics.topk(view.selected).indices
     sources = [states[:rows] for layer in cache.layers for states in (layer.keys, layer.values)]
-    targets = [side for index in view.order for side in (view.keys[index], view.values[index])]
+    targets = [side for index in view.layers for side in (view.keys[index], view.values[index])]
     heads, table = sources[0].shape[1], triton_select.addresses(sources, targets)
     for name, index in (("by score", best), ("in the text's order", best.sort().values)):
         gather = partial(triton_select.gather_layers, sources, targets, index, heads=heads, table=table)

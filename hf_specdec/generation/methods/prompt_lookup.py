@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ...configuration import SpeculationConfig
-from ...kernels.step import upload
+from ...kernels.address import upload
 from ..state import DecodingState
 from ..strategy import Draft, Drafter, SpeculationStrategy
 

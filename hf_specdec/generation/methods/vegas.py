@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from ...cache.fixed import FixedView
+from ...cache.selection import FixedSelector, Selector
 from ...cache.sparse import SparseView
 from ...configuration import SpeculationConfig
-from ...kernels.request import ScoreRequest
-from ...kernels.step import TOKENS_ONLY, ForwardRequest
+from ...kernels.request import TOKENS_ONLY, ForwardRequest, ScoreRequest
 from ..state import DecodingState
 from ..strategy import Draft, Drafter, SpeculationStrategy
 
@@ -100,6 +101,20 @@ class VegasConfig(SpeculationConfig):
         return min(count, valid)
 
 
+_warned: set[int] = set()
+
+
+def _warn_of_plain_steps(longest: int, least: int) -> None:
+    """Say that nothing is drafted yet, once per process and `min_context` whatever the contexts are."""
+    if least not in _warned:
+        _warned.add(least)
+        logger.warning(
+            f"The longest context has {longest} tokens, and Vegas drafts from `min_context={least}` on: until then it "
+            "takes plain steps. To draft earlier, lower `min_context`; `hf-specdec calibrate vegas` measures the "
+            "value from which drafts pay on this device."
+        )
+
+
 class VegasDrafter(Drafter):
     """Drafts with the target itself, over a `SparseView` of its cache."""
 
@@ -108,7 +123,7 @@ class VegasDrafter(Drafter):
 
     def __init__(self, config: VegasConfig) -> None:
         self.config = config
-        self.view: SparseView
+        self.view: SparseView | FixedView
 
     def setup(self, state: DecodingState) -> None:
         """Make the draft view of the target's cache."""
@@ -116,26 +131,24 @@ class VegasDrafter(Drafter):
         sinks = config.num_sink
         if sinks is None:
             sinks = _WINDOW_SINKS if config.selection == "window" else 0
-        stats, device = state.stats, state.device  # not the state: it holds the view
-        options: dict[str, Any] = {"timed": lambda: stats.phase("select", device)}
+        request = ScoreRequest(config.queries, config.metric, config.per_key_head)
+        rules: Any = {"sinks": sinks, "newest": config.num_recent, "by_position": config.selection == "window"}
+        cache, recents, rows = state.target.cache, 2 * config.num_assistant_tokens + 1, len(state.active)
         if state.target.fixed:  # selection is a part of the captured verification, and not timed apart
-            options = {"longest": state.longest}
-        self.view = (FixedView if state.target.fixed else SparseView)(
-            state.target.cache,
-            len(state.active),
-            config.budget,
-            recents=2 * config.num_assistant_tokens + 1,
-            request=ScoreRequest(config.queries, config.metric, config.per_key_head),
-            sinks=sinks,
-            locals_=config.num_recent,
-            by_position=config.selection == "window",
-            **options,
-        )
+            rules |= {"longest": state.longest, "device": state.target.device}
+            selector = FixedSelector(rows, config.budget, request, **rules)
+            self.view = FixedView(cache, selector, recents)
+        else:
+            stats, device = state.stats, state.device  # not the state: it holds the view
+            timed = partial(stats.phase, "select", device)
+            self.view = SparseView(cache, Selector(rows, config.budget, request, **rules), recents, timed)
         if not any(self.view.covered):
             logger.warning_once(
                 f"{type(state.model).__name__} has sliding-window layers only: Vegas has nothing to leave out, so "
                 "the call takes plain steps."
             )
+        elif max(state.committed) < config.min_context:
+            _warn_of_plain_steps(max(state.committed), config.min_context)
         state.followers.append(self.view)
         state.stats.method.update(plain_rows=0, selections=0, mean_kv_budget=0.0)
 
@@ -149,8 +162,8 @@ class VegasDrafter(Drafter):
         room = state.draft_room(self.config.num_assistant_tokens)
         # a row drafts if it is long enough and the last forward has chosen for it
         counts = [
-            count if length >= self.config.min_context and view.fresh(slot, length - 1) else 0
-            for slot, (count, length) in enumerate(zip(room, committed, strict=True))
+            count if length >= self.config.min_context and view.fresh(index, length - 1) else 0
+            for index, (count, length) in enumerate(zip(room, committed, strict=True))
         ]
         state.stats.method["plain_rows"] += sum(
             not count and left > 0 for count, left in zip(counts, room, strict=True)
@@ -190,7 +203,7 @@ class VegasDrafter(Drafter):
         """Count what the last forward chose."""
         method, view = state.stats.method, self.view
         method["selections"] = view.selections
-        if view.selections:
+        if view.selections and view.counts:
             method["mean_kv_budget"] = sum(view.counts) / len(view.counts)
 
 

@@ -7,7 +7,7 @@ the format's version, and the models they were made for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -28,27 +28,15 @@ Built = TypeVar("Built")
 _loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, str], Any]] = WeakKeyDictionary()
 
 
-@dataclass
-class Adapter:
+@dataclass(frozen=True)
+class Adapter(AdapterReference):
     """A loaded adapter.
 
     Args:
-        reference (`AdapterReference`): where it was read from, and what is recorded of it.
         tensors (`dict[str, torch.Tensor]`): its tensors, on the CPU.
     """
 
-    reference: AdapterReference
-    tensors: dict[str, torch.Tensor]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What the config file says of it under `"adapter"`."""
-        return cast("dict[str, Any]", self.reference.record)
-
-    @property
-    def place(self) -> str:
-        """How messages name the folder."""
-        return self.reference.place
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def take_vocabulary(self, name: str = "vocabulary") -> torch.Tensor | None:
         """Return the ids `[k]`, int64, that its head is cut to, which are no parameter; `None` for all."""
@@ -94,13 +82,12 @@ class AdapterKind(Generic[Built]):
 
     def check(self, model: PreTrainedModel, reference: AdapterReference) -> None:
         """Raise `ValueError` for a record that lacks something, or an adapter of another model than `model`."""
-        record = cast("dict[str, Any]", reference.record)
         needed = self.needs if self.model is None else (*self.needs, self.model)
-        missing = sorted(set(needed) - set(record))
+        missing = sorted(set(needed) - set(reference.record))
         if missing:
             raise ValueError(f"The adapter in {reference.place} has a record without {', '.join(missing)}.")
         if self.model is not None:
-            check_model(model, record[self.model], reference, "model")
+            check_model(model, reference.record[self.model], reference, "model")
 
 
 def load_adapter(model: PreTrainedModel, kind: AdapterKind[Built], name_or_path: str) -> Built:
@@ -120,7 +107,7 @@ def load_adapter(model: PreTrainedModel, kind: AdapterKind[Built], name_or_path:
     known = _loaded.setdefault(model, {})
     if (kind.name, where) not in known:
         adapter = read_adapter(name_or_path, kind.name)
-        kind.check(model, adapter.reference)
+        kind.check(model, adapter)
         known[kind.name, where] = kind.build(model, adapter)
     built: Any = known[kind.name, where]
     if kind.moves:  # the model may have been moved or cast since it was loaded
@@ -209,7 +196,7 @@ def write_config(folder: str | Path, config: SpeculationConfig) -> None:
     path = Path(folder)
     noted = artefacts.read_values(path) if (path / CONFIG_NAME).is_file() else {}
     adapter = AdapterReference.parse(noted, path)
-    if adapter is None or adapter.record is None:
+    if adapter is None or not adapter.record:
         config.save_pretrained(path)
         return
     if noted["strategy"] != config.strategy:
@@ -238,8 +225,9 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
         ValueError: for an adapter of another kind, or a format that this release doesn't know.
     """
     found = read_record(name_or_path, kind)
-    found.check_files()
-    return Adapter(found, read_tensors(found.folder / ADAPTER_NAME) if ADAPTER_NAME in found.files else {})
+    artefacts.check_files(found.folder, found.files)
+    tensors = read_tensors(found.folder / ADAPTER_NAME) if ADAPTER_NAME in found.files else {}
+    return Adapter(found.name, found.record, found.files, tensors)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ...kernels.address import Address
 from ...kernels.dispatch import MaskSpec
 from ...kernels.step import Step
 from ..runner import ModelRunner
@@ -141,7 +142,7 @@ class Layerwise:
 
     def record_at(self, runner: ModelRunner, tokens: torch.Tensor, start: int) -> Recording:
         """Return the recording of `tokens` `[1, m]` that lie from position `start` on, over the runner's cache."""
-        step = runner.cache.begin(Step([start], tokens.shape[1], runner.device))
+        step = runner.cache.begin(Address([start], tokens.shape[1]))
         return self.record(**runner.inputs(tokens, step))
 
     def check(self, runner: ModelRunner, token: torch.Tensor, position: int, logits: torch.Tensor) -> None:
@@ -257,7 +258,7 @@ class Staircase:
         layer, count = self.depths[-1], len(self.depths)
         first = self.depths.index(layer)
         if first not in self._steps:
-            self._steps[first] = Step([self.start + first], count - first, self.runner.device)
+            self._steps[first] = self.runner.cache.begin(Address([self.start + first], count - first))
         step = self.runner.cache.step = self._steps[first]
         if first == count - 1:
             call = self.recordings[first].calls[layer]
@@ -369,8 +370,7 @@ def _joined(parts: Sequence[Any], dims: Any, cache: Cache, step: Step) -> Any:
     if isinstance(last, Step):
         return step
     if isinstance(last, torch.Tensor) and dims is not None and len(parts) > 1:
-        key = tuple(id(part) for part in parts)
-        return step.memo(key, lambda: torch.cat(list(parts), dim=dims))
+        return step.joined(dims, *parts)
     if isinstance(last, dict):
         return {key: _joined([p[key] for p in parts], dims[key], cache, step) for key in last}
     if isinstance(last, tuple):

@@ -20,13 +20,14 @@ from vegas_cases import build, generate, plain, prompts, recorded_drafts, vegas,
 
 from hf_specdec import VegasConfig
 from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
+from hf_specdec.cache.selection import Selector
 from hf_specdec.cache.sparse import SparseView
 from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.generation.strategy import SpeculationStrategy
 from hf_specdec.kernels import explicit
-from hf_specdec.kernels.request import ScoreRequest
-from hf_specdec.kernels.step import TOKENS_ONLY, Step
+from hf_specdec.kernels.address import Address
+from hf_specdec.kernels.request import TOKENS_ONLY, AttentionRules, ScoreRequest
 from hf_specdec.texts import long_batch
 
 
@@ -164,21 +165,21 @@ def test_row_3_and_16_the_choice_is_the_definition(settings, lengths, query_head
     model = build(num_attention_heads=query_heads, num_key_value_heads=key_heads)
     config, checked, pending = vegas(num_assistant_tokens=3, **settings), 0, []
 
-    def attend(original, query, key, value, step, **rules):
-        pending[:] = [(query.clone(), key.clone(), rules["scaling"])]
-        return original(query, key, value, step, **rules)
+    def attend(original, query, key, value, address, rules):
+        pending[:] = [(query.clone(), key.clone(), rules.scaling)]
+        return original(query, key, value, address, rules)
 
-    def take(original, view, layer_idx, metric, step, keys, values):
+    def take(original, view, layer_idx, metric, address, keys, values):
         nonlocal checked
-        original(view, layer_idx, metric, step, keys, values)
+        original(view, layer_idx, metric, address, keys, values)
         query, key, scaling = pending[0]
         scores = definition(
-            query, key, step.starts, step.last, scaling, config.metric, config.queries, config.per_key_head
+            query, key, address.starts, address.last, scaling, config.metric, config.queries, config.per_key_head
         )
-        for row, start in enumerate(step.starts):
+        for row, start in enumerate(address.starts):
             assert view.valid[row] == start + 1
             count = view.counts[row]
-            assert count == min(-(-3 * (start + step.last[row] + 1) // 10), start + 1)
+            assert count == min(-(-3 * (start + address.last[row] + 1) // 10), start + 1)
             torch.testing.assert_close(metric[row, ..., : start + 1], scores[row], atol=1e-9, rtol=1e-9)
             pairs = [(scores[row], view.chosen[layer_idx][row])]
             if config.per_key_head:
@@ -197,19 +198,18 @@ def construct(target_of_line, queries="first_last", positions=(10,)):
     m, start = len(target_of_line), positions[0]
     key = torch.eye(16, dtype=torch.float64)[None, None].expand(1, 2, -1, -1).contiguous()
     query = 20 * key[0, 0, target_of_line][None, None].expand(1, 4, -1, -1)
-    view = SparseView(FakeCache(), 1, lambda keys, valid: 2, 9, ScoreRequest(queries))
-    step = Step([start], m, CPU, score=view)
-    rule = {"scaling": 1.0, "score": view.request}
-    _, metric = explicit.cached_attention(query, key, key, step, **rule)
-    view.begin(step.starts, step.last)
-    view.take(0, metric, step, key, key)
+    view = SparseView(FakeCache(), Selector(1, lambda keys, valid: 2, ScoreRequest(queries)), 9)
+    address = Address([start], m)
+    _, metric = explicit.cached_attention(query, key, key, address, AttentionRules(1.0, score=view.request))
+    view.begin(address.starts, address.last)
+    view.take(0, metric, address, key, key)
     return set(view.chosen[0][0].tolist())
 
 
 class FakeCache:
     def __init__(self):
         self.layers = [type("Layer", (), {"window": None})()]
-        self.kernels = "auto"
+        self.rows, self.kernels = 1, "auto"
 
 
 def test_row_4_the_first_and_the_last_line_decide():
@@ -232,11 +232,11 @@ def test_row_5_one_loud_head_counts_as_its_share(query_heads, key_heads):
         query = torch.randn(1, query_heads, 4, 8, generator=generator, dtype=torch.float64)
         query[:, loud] *= 30
         key = torch.randn(1, key_heads, 24, 8, generator=generator, dtype=torch.float64)
-        view = SparseView(FakeCache(), 1, lambda keys, valid: 6, 7, ScoreRequest())
-        step = Step([19], 4, CPU, score=view)
-        _, metric = explicit.cached_attention(query, key, key, step, scaling=0.5, score=view.request)
-        view.begin(step.starts, step.last)
-        view.take(0, metric, step, key, key)
+        view = SparseView(FakeCache(), Selector(1, lambda keys, valid: 6), 7)
+        address = Address([19], 4)
+        _, metric = explicit.cached_attention(query, key, key, address, AttentionRules(0.5, score=view.request))
+        view.begin(address.starts, address.last)
+        view.take(0, metric, address, key, key)
         (scores,) = definition(query, key, [19], [3], 0.5)
         torch.testing.assert_close(metric[0, :20], scores)
         assert_best(scores, view.chosen[0][0], 1e-12)
@@ -308,11 +308,11 @@ def test_row_13_the_order_of_the_columns_does_not_matter(llama):
     with recorded_drafts() as straight:
         generate(llama, inputs, assistant_strategy=config)
 
-    def choose(original, view, metric, step):
-        chosen = original(view, metric, step)
+    def choose(original, selector, metric):
+        chosen = original(selector, metric)
         return chosen[:, torch.randperm(chosen.shape[1], generator=torch.Generator().manual_seed(len(straight)))]
 
-    with recorded_drafts() as shuffled, wrapped(SparseView, "_choose", choose):
+    with recorded_drafts() as shuffled, wrapped(Selector, "choose", choose):
         generate(llama, inputs, assistant_strategy=config)
     assert len(straight) == len(shuffled) > 0
     for one, other in zip(straight, shuffled, strict=True):

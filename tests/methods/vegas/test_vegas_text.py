@@ -7,6 +7,7 @@ import torch
 from vegas_cases import build, generate, plain, prompts, recorded_drafts, vegas, wrapped
 
 from hf_specdec import VegasConfig, on_speculation
+from hf_specdec.generation.methods import vegas as method
 from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.state import DecodingState
 from hf_specdec.generation.strategy import SpeculationStrategy
@@ -228,6 +229,22 @@ def test_rows_below_min_context_take_plain_steps(llama):
     # the last step has no room for a draft, so it is not the threshold that made it plain
     assert stats.method["plain_rows"] == 2 * 13
     assert stats.num_drafts == 0
+
+
+def test_a_context_below_min_context_is_warned_of_once(llama, monkeypatch):
+    """One warning per process and threshold, whatever the contexts; none where a row is long enough."""
+    told = []
+    monkeypatch.setattr(method.logger, "warning", told.append)
+    monkeypatch.setattr(method, "_warned", set())
+    for lengths in ((40, 20), (41,), (60, 9)):
+        generate(llama, prompts(*lengths), 8, assistant_strategy=vegas(min_context=50))
+    assert len(told) == 1
+    for part in ("40 tokens", "min_context=50", "plain steps", "calibrate vegas"):
+        assert part in told[0]
+    generate(llama, prompts(60), 8, assistant_strategy=vegas(min_context=60))
+    assert len(told) == 1
+    generate(llama, prompts(60), 8, assistant_strategy=vegas(min_context=61))
+    assert len(told) == 2 and "min_context=61" in told[1]
 
 
 @pytest.mark.parametrize("threshold", [41, 42, 43, 47, 50])

@@ -13,7 +13,7 @@ from transformers import (
 
 from hf_specdec import VegasConfig
 from hf_specdec.generation.runner import ModelRunner
-from hf_specdec.kernels.step import TOKENS_ONLY
+from hf_specdec.kernels.request import TOKENS_ONLY
 
 
 VOCAB = 60

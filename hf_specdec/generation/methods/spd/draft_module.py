@@ -20,8 +20,8 @@ from .... import _compat
 from ....artefacts import AdapterReference
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
+from ....kernels.address import Address
 from ....kernels.dispatch import MaskSpec
-from ....kernels.step import Step
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_record, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, placed, run_layer
 from ...models.surgery import decoder_layers, place_layer
@@ -204,7 +204,7 @@ class DraftReader:
 
     def _read(self, fused: torch.Tensor) -> torch.Tensor:
         """Run the states of tokens that follow the cached ones, at their true positions."""
-        step = self.cache.begin(Step([self.end - self.first], fused.shape[1], fused.device))
+        step = self.cache.begin(Address([self.end - self.first], fused.shape[1]))
         positions = torch.arange(self.end, self.end + fused.shape[1], device=fused.device).clamp(max=self.last)
         recording = self.parts.record(
             inputs_embeds=fused,
@@ -219,7 +219,7 @@ class DraftReader:
 
 def _depths(model: PreTrainedModel, reference: AdapterReference) -> DepthMap:
     """Return the depth map of an adapter that was made for `model`."""
-    record = cast("dict[str, Any]", reference.record)
+    record = reference.record
     if record["architecture"] != ARCHITECTURE:
         raise ValueError(
             f"The adapter in {reference.place} has the architecture {record['architecture']!r}; this release reads "
@@ -250,7 +250,7 @@ def load_draft_module(model: PreTrainedModel, name_or_path: str) -> PipelineDraf
 
 
 def _build(model: PreTrainedModel, adapter: Adapter) -> PipelineDraftModule:
-    record, depths = adapter.record, _depths(model, adapter.reference)
+    record, depths = adapter.record, _depths(model, adapter)
     ids, span, family = adapter.take_vocabulary("draft_token_ids"), record.get("train_span"), record.get("family")
     module = PipelineDraftModule(model, depths, record["templates"], ids, span, family, record)
     what = f"the tensors of a draft module with features {depths.features}"

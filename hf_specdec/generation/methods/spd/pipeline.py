@@ -18,6 +18,7 @@ import torch
 
 from ....cache.speculative import SpeculativeCache
 from ....cache.stage import StageCache
+from ....kernels.address import Address
 from ....kernels.step import Step
 from ...models.layerwise import Layerwise, Recording, placed, run_layer, watched
 from ...runner import Forward
@@ -34,12 +35,12 @@ class Parcel(NamedTuple):
 
     Attributes:
         hidden (`torch.Tensor` of shape `[1, m, H]`): its state after the stages that it has passed.
-        step (`Step`): its place in the text.
+        address (`Address`): its position in the text.
         recording (`Recording`): what the layers get beside the state.
     """
 
     hidden: torch.Tensor
-    step: Step
+    address: Address
     recording: Recording
 
 
@@ -76,7 +77,7 @@ class Stage:
     def run(self, parcel: Parcel) -> tuple[Parcel, Features]:
         """Take a token through the stage's layers; return it, and the features that it gained."""
         hidden, features = parcel.hidden, {}
-        step = self.cache.begin(parcel.step)
+        step = self.cache.begin(parcel.address)
         for index in range(self.first, self.end):
             call = placed(parcel.recording.calls[index], self.cache, step)
             hidden = run_layer(self.parts.layers[index], hidden, call)
@@ -196,16 +197,16 @@ def make_parcel(
         own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not ours.
     """
     given = next(iter(inputs.values()))
-    step = Step([start], given.shape[1], given.device)
+    address = Address([start], given.shape[1])
     recording = parts.record(
         **inputs,
-        position_ids=step.slots_on(given.device).clamp(max=last_position),
+        position_ids=address.positions_on(given.device).clamp(max=last_position),
         past_key_values=cache,
         use_cache=True,
-        **({} if own_attention else {"specdec_step": step}),
+        **({} if own_attention else {"specdec_step": Step(address)}),
     )
     # a recording of states may have scaled them, as some families do with embeddings
-    return Parcel(inputs.get("inputs_embeds", recording.hidden), step, recording)
+    return Parcel(inputs.get("inputs_embeds", recording.hidden), address, recording)
 
 
 def in_series(jobs: Sequence[Job]) -> list[Any]:

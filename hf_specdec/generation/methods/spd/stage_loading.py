@@ -57,7 +57,7 @@ def load_stage(
 
     config = AutoConfig.from_pretrained(name_or_path)
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    record = cast("dict[str, Any]", read_record(adapter, KIND).record)
+    record = read_record(adapter, KIND).record
     depths = DepthMap(layers, record["num_stages"], record["stage_layers"], record["feature_layers"])
     own_rank, _, stage = place_of_stage(depths.stages, rank, world_size)
     with init_empty_weights(include_buffers=False):

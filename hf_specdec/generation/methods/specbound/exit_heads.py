@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
-from ....kernels.step import Step
+from ....kernels.address import Address
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, Recording, Staircase, run_layer
 from ...models.surgery import place_layer
@@ -270,7 +270,7 @@ class ExitReader:
             slot, entries = self.blocks[layer].take(self.before, staircase.recordings)
             hidden = torch.cat([states for states, _, _ in entries], dim=1)
             before = torch.cat([inputs for _, inputs, _ in entries], dim=1)
-            step = self.cache.begin(Step([slot], hidden.shape[1], hidden.device))
+            step = self.cache.begin(Address([slot], hidden.shape[1]))
             call = self.parts.join(-1, [entry[2] for entry in entries], self.cache, step)
             state = self.heads.deepen(layer, hidden, before, call)[:, -1:]
         self.guess = self.heads.head_input(layer, state)

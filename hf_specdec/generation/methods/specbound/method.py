@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from ....configuration import SpeculationConfig
 from ....kernels.dispatch import speculative_attention
-from ....kernels.step import ForwardRequest
+from ....kernels.request import ForwardRequest
 from ...models.layerwise import Layerwise, Staircase, watched
 from ...models.surgery import decoder_layers
 from ...runner import Forward

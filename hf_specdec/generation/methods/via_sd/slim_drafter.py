@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from ....kernels.step import ForwardRequest
+from ....kernels.request import ForwardRequest
 from ... import acceptance
 from ...state import DecodingState
 from ...strategy import Draft, Drafter

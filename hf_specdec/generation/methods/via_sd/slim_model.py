@@ -346,7 +346,7 @@ def _build(model: PreTrainedModel, adapter: Adapter) -> Slim:
             f"The adapter in {adapter.place} was trained for another mask (hash {lora['mask_hash']}) than "
             f"the one beside it ({mask_hash(keep, granularity)})."
         )
-    terms = read_terms(adapter.reference.folder / LORA_FOLDER, model)
+    terms = read_terms(adapter.folder / LORA_FOLDER, model)
     return Slim(granularity, keep, record["calibration"], terms, lora["trained_cache_mode"])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ....kernels.step import upload
+from ....kernels.address import upload
 from ... import acceptance
 from ...state import DecodingState
 from ...strategy import Draft, StepResult
