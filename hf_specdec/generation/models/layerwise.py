@@ -109,10 +109,6 @@ class Layerwise:
         noted = list(self._noted)
         return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
 
-    def compare(self, one: Recording, two: Recording) -> None:
-        """Learn from recordings of one token and of two where in the arguments the tokens lie; `join` needs it."""
-        self._token_dims = [_token_dims(a, b) for a, b in zip(one.calls, two.calls, strict=True)]
-
     def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
         """Return the arguments of layer `layer` for the tokens of several recordings together, on `cache` at `step`.
 
@@ -156,8 +152,8 @@ class Layerwise:
         Raises:
             ValueError: if the layers, called one by one, don't give the same logits.
         """
-        one = self.record_at(runner, token, position)
-        self.compare(one, self.record_at(runner, token.expand(1, 2), position))
+        one, two = (self.record_at(runner, token.expand(1, m), position).calls for m in (1, 2))
+        self._token_dims = [_token_dims(*calls) for calls in zip(one, two, strict=True)]
         if self.model in _checked:
             return
         staircase = Staircase(self, runner, 1)

@@ -90,7 +90,7 @@ class PipelineDraftModule(nn.Module):
     def fuse(self, kind: int, features: Features) -> torch.Tensor:
         """Return the fused states `[1, m, H]` of tokens that have the features of an aggregation type."""
         device = self.lm_head.weight.device  # stages may be on others
-        parts = [features[index].to(device) for index in self.depths.of_type(kind)]
+        parts = [features[index].to(device) for index in self.depths.features[: kind + 1]]
         return cast(torch.Tensor, self.feature_proj[kind](torch.cat(parts, dim=-1)))
 
     def run(self, fused: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
