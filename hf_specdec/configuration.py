@@ -265,9 +265,6 @@ def load_config(folder: Path) -> SpeculationConfig:
 
     An adapter that lies beside the settings becomes the value of their field `adapter`.
 
-    Args:
-        folder (`Path`): as `artefacts.locate` returns it.
-
     Raises:
         FileNotFoundError: if the folder holds no settings.
         ValueError: for a file that is not JSON, or settings that `SpeculationConfig.from_dict` refuses.

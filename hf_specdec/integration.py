@@ -128,14 +128,7 @@ def uninstall() -> None:
 
 
 def generate_with(strategy: str | SpeculationConfig, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Do what `model.generate(*args, assistant_strategy=strategy, **kwargs)` does, wrapper or not.
-
-    Args:
-        strategy (`str` or `SpeculationConfig`): what `assistant_strategy` would be.
-        model (`PreTrainedModel`): the target.
-        args: what `generate()` takes by position.
-        kwargs: what `generate()` takes by keyword.
-    """
+    """Do what `model.generate(*args, assistant_strategy=strategy, **kwargs)` does, wrapper or not."""
     original = getattr(GenerationMixin.generate, _MARK, GenerationMixin.generate)
     return _generate(original, model, args, {**kwargs, "assistant_strategy": strategy})
 

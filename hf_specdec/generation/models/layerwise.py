@@ -110,19 +110,14 @@ class Layerwise:
         return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
 
     def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
-        """Return the arguments of layer `layer` for the tokens of several recordings together, on `cache` at `step`.
-
-        Args:
-            recordings (`list[Recording]`): of consecutive tokens of one text.
-        """
+        """Return a layer's arguments for the consecutive tokens of several recordings, on `cache` at `step`."""
         parts = [recording.calls[layer] for recording in recordings]
         return cast(LayerCall, _joined(parts, self._token_dims[layer], cache, step))
 
     def tail(self, head: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function from the LM head's input `[..., H]` to logits, soft-caps and scales included.
 
-        Args:
-            head (`nn.Module`, *optional*): takes the place of the model's own head.
+        A `head` takes the place of the model's own.
         """
         changes: dict[int, nn.Module] = {id(self.model.base_model): _Passes()}
         if head is not None:
@@ -214,11 +209,6 @@ class Staircase:
     never increase from token to token, tokens of one depth are neighbours, and every token passes every layer once,
     when the keys and values of all earlier tokens are there: states and cache are those of a plain forward.
 
-    Args:
-        parts (`Layerwise`): the model.
-        runner (`ModelRunner`): its cache.
-        limit (`int`): tokens at most.
-
     Attributes:
         depths (`list[int]`): layers that each token has passed.
         recordings (`list[Recording]`): of each token.
@@ -292,10 +282,8 @@ def watched(model: PreTrainedModel, depths: Sequence[int]) -> Iterator[dict[int,
 def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
     """Return a shallow copy of `module` with some submodules exchanged; all else is shared, and nothing is changed.
 
-    Hooks of the copied modules (those on the way to an exchanged one) are not taken along.
-
-    Args:
-        changes (`dict[int, nn.Module]`): what stands in for a submodule, by the submodule's `id`.
+    `changes` holds what stands in for a submodule, by the submodule's `id`. Hooks of the copied modules (those on the
+    way to an exchanged one) are not taken along.
     """
     if id(module) in changes:
         return changes[id(module)]

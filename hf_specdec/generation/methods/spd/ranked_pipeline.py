@@ -113,12 +113,7 @@ class _Site:
 
 
 class RankedPipeline(Pipeline):
-    """The stages on their ranks, as the controlling rank sees them.
-
-    Args:
-        ranks (`Ranks`): the ranks.
-        run_all (`Callable[[list[Job]], list]`): runs the draft module and this rank's own stage.
-    """
+    """The stages on their ranks, as the controlling rank sees them, which runs the draft module and its own stage."""
 
     def __init__(self, ranks: Ranks, run_all: Callable[[Sequence[Job]], list[Any]]) -> None:
         super().__init__(ranks.depths, run_all)

@@ -67,11 +67,7 @@ class Order:
 
 
 class Ranks:
-    """The ranks, as seen by one of them.
-
-    Args:
-        depths (`DepthMap`): stages and features.
-        timeout (`float`): seconds that a rank waits for another.
+    """The ranks, as seen by one of them, which waits for another at most `timeout` seconds.
 
     Attributes:
         rank (`int`): this one.
@@ -105,9 +101,7 @@ class Ranks:
     def session(self, terms: dict[str, str], device: torch.device) -> Iterator[None]:
         """Connect the ranks and check that they agree; afterwards, and after an exception, none of them waits.
 
-        Args:
-            terms (`dict[str, str]`): what must be the same on all ranks, by name.
-            device (`torch.device`): of this rank's stage.
+        `terms` must be the same on all ranks, `device` is that of this rank's stage.
 
         Raises:
             ValueError: if the ranks were called with different arguments; on all of them.
@@ -128,11 +122,7 @@ class Ranks:
             raise
 
     def failed(self, error: BaseException | None) -> PipelineRankError:
-        """Tell each other what went wrong, once rank 0 has stopped the call, and return it as an error to raise.
-
-        Args:
-            error (`BaseException`, *optional*): what went wrong here.
-        """
+        """Tell each other what went wrong, once rank 0 has stopped the call, and return it as an error to raise."""
         reasons = self._reasons(None if error is None else f"{type(error).__name__}: {error}")
         told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
         return PipelineRankError(f"A rank of the pipeline failed ({told}).")

@@ -134,10 +134,7 @@ class ExitHeads(nn.Module):
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:
         """Write the heads, in bf16, to a folder that `SpecBoundConfig(adapter=folder)` and `assistant_strategy=` take.
 
-        Args:
-            config (`SpecBoundConfig`): settings to use them with.
-            model (`PreTrainedModel`): that they were made for.
-            notes: what else to record, such as how they were trained.
+        They are for use with `config` and `model`; `notes` are recorded too, such as how they were trained.
         """
         tensors = {name: value.detach().bfloat16() for name, value in self.own.named_parameters()}
         if self.reduced is not None:
@@ -227,12 +224,7 @@ class ExitReader:
     A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. It reads
     tokens of the round in progress with a guess of the LM head's input before them; once verified, they are read again
     with the true one. It begins with the first token that this call runs: an earlier turn's cached ones are not in it.
-
-    Args:
-        heads (`ExitHeads`): the heads.
-        parts (`Layerwise`): the model.
-        window (`int`, *optional*): sliding window of the model's last layer, of which blocks are copies.
-        capacity (`int`): tokens that a text can have.
+    `window` is the sliding window of the model's last layer, of which blocks are copies.
     """
 
     def __init__(self, heads: ExitHeads, parts: Layerwise, window: int | None, capacity: int) -> None:
