@@ -46,10 +46,10 @@ def register_strategy(cls: StrategyClass) -> StrategyClass:
     return cls
 
 
-def strategy_class(name: str, where: str = "") -> Any:
-    """Return the `SpeculationStrategy` class called `name`; raise `ValueError`, after `where`, for an unknown one."""
+def strategy_class(name: str) -> Any:
+    """Return the `SpeculationStrategy` class called `name`; raise `ValueError` for an unknown name."""
     if name not in STRATEGIES:
-        raise ValueError(f"{where}Unknown strategy {name!r}; the known ones are {', '.join(sorted(STRATEGIES))}.")
+        raise ValueError(f"Unknown strategy {name!r}; the known ones are {', '.join(sorted(STRATEGIES))}.")
     entry = STRATEGIES[name]
     if not isinstance(entry, str):
         return entry
@@ -71,18 +71,14 @@ def exported_configs() -> dict[str, str]:
     return {f"{entry.partition(':')[2].removesuffix('Strategy')}Config": name for name, entry in entries.items()}
 
 
-def preset(name: str, where: str = "") -> Any:
-    """Return the config of `name`: a strategy (`"vegas"`), one of its presets (`"vegas:window"`) or an alias.
-
-    Raises:
-        ValueError: for an unknown name; the message begins with `where`, which may name the argument.
-    """
+def preset(name: str) -> Any:
+    """Return the config of `name`: a strategy (`"vegas"`), one of its presets (`"vegas:window"`) or an alias."""
     strategy, _, variant = name.partition(":")
-    cls = strategy_class(strategy, where)
+    cls = strategy_class(strategy)
     variant = cls.aliases.get(variant, variant)
     if variant not in cls.presets:
         known = ", ".join(sorted(key for key in (*cls.presets, *cls.aliases) if key)) or "none"
-        raise ValueError(f"{where}The strategy {strategy!r} has no preset {variant!r}; its presets: {known}.")
+        raise ValueError(f"The strategy {strategy!r} has no preset {variant!r}; its presets: {known}.")
     return cls.config_class(**cls.presets[variant])
 
 

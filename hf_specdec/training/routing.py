@@ -38,7 +38,7 @@ class MaskSearch:
         granularity (`str`, *optional*, defaults to `"layer"`): or `"sublayer"`: attention and MLP apart.
         objective (`str`, *optional*, defaults to `"tv"`): what is minimised: the total variation distance of the two
             distributions (right for the lossless mode), `"kl"`, `"margin"` (the paper's cost, right for the lossy
-            mode) or `"top1"` (the share of different most likely words).
+            mode) or `"top1"` (the share of different most likely tokens).
         alpha, beta (`float`, *optional*, default to 0.5): leniency of the paper's cost.
         slim_cache (`str`, *optional*, defaults to `"shared"`): cache mode of decoding.
         max_steps (`int`, *optional*, defaults to 1000): masks scored at most.
@@ -47,7 +47,7 @@ class MaskSearch:
         window (`int`, *optional*, defaults to 64): answer tokens read per text.
         mini_batch (`int`, *optional*, defaults to 4): texts between two looks at a race.
         stop_agreement (`float`, *optional*, defaults to 0.95): the search ends at this share of equal most likely
-            words.
+            tokens.
         minutes (`float`, *optional*): the search ends by the clock.
         seed (`int`, *optional*, defaults to 0): of the proposals.
     """

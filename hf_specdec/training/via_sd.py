@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from ..generation.methods.via_sd.config import ViaSDConfig
 from ..generation.methods.via_sd.slim_model import LORA_FOLDER, LowRankTerms, Units, load_slim, save_slim, slim_model
 from ..generation.models.adapters import describe
-from ..generation.models.layerwise import Layerwise
-from ..generation.models.vocabulary import InsideHead, ReducedHead
+from ..generation.models.layerwise import Layerwise, Proxy
+from ..generation.models.vocabulary import ReducedHead
 from .data import Text
 from .distill import Distillation, DistillSettings, Report, divergence, option
 from .scoring import SlimScorer, margin_cost
@@ -116,7 +116,7 @@ class _SlimRun(Distillation):
         self.units.check(self.keep)
         reduced = None
         if self.vocabulary is not None:
-            reduced = InsideHead(ReducedHead(target.get_output_embeddings(), self.vocabulary))
+            reduced = Proxy(ReducedHead(target.get_output_embeddings(), self.vocabulary), ReducedHead.reduced)
         self.reduced = Layerwise(target).tail(reduced)
         shared = {id(t): t for t in [*target.parameters(), *target.buffers()]}
         twin = copy.deepcopy(target, cast("dict[int, Any]", shared))  # modules of its own around the same weights
