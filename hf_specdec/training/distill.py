@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from .data import Text
+from .data import Text, end_tokens
 from .settings import DistillSettings
 
 
@@ -169,9 +169,8 @@ class Distillation(Generic[Settings]):
         self.held_out, self.train = texts[::apart], [text for i, text in enumerate(texts) if i % apart]
         self.vocabulary, self.covered = None, 1.0
         if settings.vocabulary_size is not None:
-            ends = target.generation_config.eos_token_id
-            always = [] if ends is None else ends if isinstance(ends, list) else [ends]
-            self.vocabulary, self.covered = frequent_words(self.train, settings.vocabulary_size, always)
+            ends = end_tokens(target)
+            self.vocabulary, self.covered = frequent_words(self.train, settings.vocabulary_size, ends)
         target.requires_grad_(False).eval()
         depths, gib = self.depths(), settings.cache_gib
         self.teacher, self.examiner = (Teacher(target, part, gib, depths) for part in (self.train, self.held_out))

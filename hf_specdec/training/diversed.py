@@ -28,10 +28,11 @@ from ..generation.methods.diversed.method import DiversedConfig
 from ..generation.models.adapters import remember
 from ..generation.models.vocabulary import pad_vocabulary, vocabulary_width
 from ..generation.runner import head_input
+from .data import Sampling, answers
 from .distill import Report, plain, read_checkpoint, write_checkpoint
 from .rewards import Reward
 from .settings import option
-from .tasks import Sampling, Score, answers, evaluate, prompt_ids
+from .tasks import Score, evaluate, prompt_ids
 
 
 _TRAINED = "the head that is being trained"
@@ -237,27 +238,27 @@ def train_diversed(
     return run.found
 
 
+@dataclass
 class _Run:
     """One training run: the models, the task, and what was found so far."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        draft: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[dict[str, Any]],
-        reward: Reward,
-        path: Path,
-        settings: DiversedTraining,
-        report: Report,
-    ) -> None:
-        self.target, self.draft, self.tokenizer, self.reward = target, draft, tokenizer, reward
-        self.path, self.settings, self.report = path, settings, report
-        self.accelerator = Accelerator(cpu=target.device.type == "cpu")
-        self.held_out, self.train = list(items[: settings.held_out]), list(items[settings.held_out :])
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    items: Sequence[dict[str, Any]]
+    reward: Reward
+    path: Path
+    settings: DiversedTraining
+    report: Report
+
+    def __post_init__(self) -> None:
+        self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")
+        apart = self.settings.held_out
+        self.held_out, self.train = list(self.items[:apart]), list(self.items[apart:])
         # what a checkpoint must share with the run that goes on from it
-        self.made_with = plain({**asdict(settings), "items": len(items)})
+        self.made_with = plain({**asdict(self.settings), "items": len(self.items)})
         self.found: list[dict[str, Any]] = []
+        self.state: dict[str, Any] = {}
 
     def resume(self) -> tuple[int, int]:
         """Read the checkpoint; return the lambda's place and the updates that were made with it."""
@@ -339,14 +340,5 @@ class _Run:
 
     def score(self, head: DiversedHead) -> Score:
         """Evaluate the head on the held-out items, as it will be used."""
-        return evaluate(
-            "diversed",
-            self.target,
-            self.tokenizer,
-            self.held_out,
-            self.reward,
-            self.settings.sampling,
-            self.options(head),
-            batch_size=32,
-            seed=self.settings.seed,
-        )
+        task, settings = (self.target, self.tokenizer, self.held_out, self.reward), self.settings
+        return evaluate("diversed", *task, settings.sampling, self.options(head), batch_size=32, seed=settings.seed)
