@@ -154,11 +154,8 @@ def speculative_sample(
         counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
         target (`torch.Tensor` of shape `[n, k + 1, V]`, float32): `p`.
         draft (`torch.Tensor` of shape `[n, k, V]` or `[n, k + 1, V]`, float32, *optional*): `q`. With `k + 1`
-            positions the one after a row's last draft holds the sub-probability distribution of a proposal that
+            positions, the one after a row's last draft holds a distribution of mass below 1, of a proposal that
             proposed nothing there.
         weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
     """
     return draw_next(drafts, counts, accept_drafts(drafts, counts, target, draft, weight), target, draft)
-
-
-# VIA-SD: tiers of a slim verifier, and the distributions that they give
