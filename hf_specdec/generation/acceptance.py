@@ -154,7 +154,7 @@ def speculative_sample(
         counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
         target (`torch.Tensor` of shape `[n, k + 1, V]`, float32): `p`.
         draft (`torch.Tensor` of shape `[n, k, V]` or `[n, k + 1, V]`, float32, *optional*): `q`. With `k + 1`
-            positions the one after a row's last draft holds the sub-probability distribution of a proposal that
+            positions, the one after a row's last draft holds a distribution of mass below 1, of a proposal that
             proposed nothing there.
         weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
     """

@@ -82,7 +82,7 @@ def gate_distribution(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tenso
 
 
 def prefilter_distribution(draft: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Return the sub-probability distribution `[..., V]` of a candidate: the draft in tier A, else nothing."""
+    """Return the distribution `[..., V]`, of mass below 1, of a candidate: the draft in tier A, else nothing."""
     return draft * (tier == ACCEPT)
 
 
