@@ -27,23 +27,23 @@ Mask = tuple[bool, ...]
 def margin_cost(q: torch.Tensor, p: torch.Tensor, alpha: float = 0.5, beta: float = 0.5) -> torch.Tensor:
     """Return the paper's cost R (Eq. 11) `[...]` of a distribution `p` that stands in for `q`, both `[..., V]`.
 
-    It is 0 for mild mismatch: it counts words to which `p` gives more than a lossy verifier of leniency `alpha` and
+    It is 0 for mild mismatch: it counts tokens to which `p` gives more than a lossy verifier of leniency `alpha` and
     `beta` forgives, p above q / (1 - alpha), and those to which its residual leaves nothing, p above q / beta.
     """
-    # words that one of the distributions excludes have no logarithm; a floor far below any real probability stands in
+    # tokens that one of the distributions excludes have no logarithm; a floor far below any real probability stands in
     ratio = p.clamp(min=1e-30).log() - q.clamp(min=1e-30).log()
     one, two = (ratio + math.log(1 - alpha)).clamp(min=0), (ratio + math.log(beta)).clamp(min=0)
     return (p * one + q * two).sum(dim=-1)
 
 
-def costs(theirs: torch.Tensor, mine: torch.Tensor, alpha: float = 0.5, beta: float = 0.5) -> dict[str, float]:
+def costs(theirs: torch.Tensor, mine: torch.Tensor) -> dict[str, float]:
     """Return all objectives of a slim model's logits `mine` `[m, V]` against the model's own, means over m."""
     q, p = (logits.float().softmax(-1) for logits in (theirs, mine))
     difference = mine.float().log_softmax(-1)
     return {
         "tv": float((q - p).abs().sum(-1).mean() / 2),
         "kl": float((q * (q.clamp(min=1e-30).log() - difference)).sum(-1).mean()),
-        "margin": float(margin_cost(q, p, alpha, beta).mean()),
+        "margin": float(margin_cost(q, p).mean()),
         "top1": float((theirs.argmax(-1) != mine.argmax(-1)).float().mean()),
     }
 
@@ -57,21 +57,12 @@ class SlimScorer:
         units (`Units`): of the model.
         window (`int`): answer tokens read per text.
         slim_cache (`str`): `"shared"` or `"own"`.
-        alpha, beta (`float`): of the paper's cost.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        texts: Sequence[Text],
-        units: Units,
-        window: int,
-        slim_cache: str,
-        alpha: float = 0.5,
-        beta: float = 0.5,
+        self, model: PreTrainedModel, texts: Sequence[Text], units: Units, window: int, slim_cache: str
     ) -> None:
         self.model, self.units, self.shared = model, units, slim_cache == "shared"
-        self.leniency = alpha, beta
         self.texts = [Text(t.ids[: t.prompt_length + window], t.prompt_length, t.temperature) for t in texts]
         self.tail = Layerwise(model).tail()
         self.teacher = [self._whole(text) for text in self.texts]
@@ -130,10 +121,10 @@ class SlimScorer:
 
     def __call__(self, keep: Mask, index: int, terms: LowRankTerms | None = None) -> dict[str, float]:
         """Return the costs of a mask on one text."""
-        return costs(self.teacher[index], self.logits(keep, index, terms), *self.leniency)
+        return costs(self.teacher[index], self.logits(keep, index, terms))
 
     def report(self, keep: Mask, terms: LowRankTerms | None = None) -> dict[str, float]:
-        """Return the means of all costs over all texts, and the share of equal most likely words as `agreement`."""
+        """Return the means of all costs over all texts, and the share of equal most likely tokens as `agreement`."""
         found = [self(keep, index, terms) for index in range(len(self))]
         means = {name: sum(costs[name] for costs in found) / len(found) for name in OBJECTIVES}
         return {"agreement": 1 - means.pop("top1"), **means, "tokens": sum(len(t) for t in self.teacher)}
