@@ -43,7 +43,7 @@ from ...stats import SpeculationStats
 from ...strategy import SpeculationStrategy, StepResult
 from .depth_map import DepthMap
 from .draft_module import KIND, DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
-from .pipeline import InThreads, Job, LocalPipeline, Pipeline, in_series
+from .pipeline import InThreads, Job, LocalPipeline, in_series
 from .ranked_pipeline import RankedPipeline, serve
 from .ranks import STOP, Ranks
 
@@ -154,7 +154,7 @@ class SPDStrategy(SpeculationStrategy):
 
     depths: DepthMap
     module: PipelineDraftModule
-    pipeline: Pipeline
+    pipeline: LocalPipeline | RankedPipeline
     reader: DraftReader
 
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
@@ -245,13 +245,13 @@ class SPDStrategy(SpeculationStrategy):
         with state.contexts:
             serve(state, cast(Ranks, self.ranks), lambda: self.make_cache(state, 1))
 
-    def _pipeline(self, state: DecodingState) -> Pipeline:
+    def _pipeline(self, state: DecodingState) -> LocalPipeline | RankedPipeline:
         schedule, n = self.config.schedule, self.depths.stages
         threads = 1 if self.ranks is not None and self.ranks.stage is not None else n if schedule == "threads" else 0
         run_all = in_series
         if threads:
             run_all = InThreads(threads, state.target.device)
-            state.contexts.callback(run_all.close)
+            state.contexts.callback(run_all.pool.shutdown)
         if self.ranks is not None:
             return RankedPipeline(self.ranks, run_all)
         if not threads:
