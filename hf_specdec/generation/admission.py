@@ -18,32 +18,29 @@ _IGNORED_KWARGS = {
     "logits_to_keep",  # prepared by stock for its own prefill
     "return_dict",
 }
-_BEAM_FIELDS = {"num_beams": 1, "num_beam_groups": 1}
-_MODE_FIELDS = (
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "assistant_ensemble_weight",
-    "speculation_type",
-    "use_mtp",
-    "dola_layers",
-    "constraints",
-    "force_words_ids",
-)
+_MODE_FIELDS = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None,
+    "assistant_ensemble_weight": None,
+    "speculation_type": None,
+    "use_mtp": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": 0,
+}
+"""Fields that ask for a decoding mode, with the value beside `None` and `False` that does not."""
 
 
 def conflicting_modes(generation_config: GenerationConfig) -> list[str]:
     """Return the fields of `generation_config` that ask for a stock decoding mode of their own, as `name=value`."""
     found = []
-    for name, neutral in _BEAM_FIELDS.items():
+    for name, neutral in _MODE_FIELDS.items():
         value = getattr(generation_config, name, None)
-        if value not in (None, neutral):
+        if value is not None and value is not False and value != neutral:
             found.append(f"{name}={value}")
-    for name in _MODE_FIELDS:
-        value = getattr(generation_config, name, None)
-        if value is not None and value is not False:
-            found.append(f"{name}={value}")
-    if getattr(generation_config, "penalty_alpha", None):
-        found.append(f"penalty_alpha={generation_config.penalty_alpha}")
     return found
 
 
