@@ -18,28 +18,28 @@ _IGNORED_KWARGS = {
     "logits_to_keep",  # prepared by stock for its own prefill
     "return_dict",
 }
-_MODE_FIELDS = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    "assistant_ensemble_weight": None,
-    "speculation_type": None,
-    "use_mtp": None,
-    "dola_layers": None,
-    "constraints": None,
-    "force_words_ids": None,
-    "penalty_alpha": 0,
-}
-"""Fields that ask for a decoding mode, with the value beside `None` and `False` that does not."""
+_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0}
+_MODE_FIELDS = (
+    "num_beams",
+    "num_beam_groups",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "assistant_ensemble_weight",
+    "speculation_type",
+    "use_mtp",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+)
 
 
 def conflicting_modes(generation_config: GenerationConfig) -> list[str]:
     """Return the fields of `generation_config` that ask for a stock decoding mode of their own, as `name=value`."""
     found = []
-    for name, neutral in _MODE_FIELDS.items():
+    for name in _MODE_FIELDS:
         value = getattr(generation_config, name, None)
-        if value is not None and value is not False and value != neutral:
+        if value is not None and value is not False and value != _NEUTRAL.get(name):
             found.append(f"{name}={value}")
     return found
 
