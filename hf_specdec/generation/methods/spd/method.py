@@ -122,23 +122,14 @@ class SPDConfig(SpeculationConfig):
 
 @dataclass
 class _Flying:
-    """A token in flight.
+    """A token in flight."""
 
-    Args:
-        position (`int`): in the text.
-        token (`torch.Tensor` of shape `[1, 1]`, int64): its id.
-        distribution (`torch.Tensor` of shape `[1, V]`, float32, *optional*): that it was drawn from.
-        features (`Features`): what the draft module may read of it.
-        fill (`int`): tokens that were in flight when it was drafted.
-        depth (`int`): stages that it has passed.
-    """
-
-    position: int
-    token: torch.Tensor
-    distribution: torch.Tensor | None
-    features: Features
-    fill: int
-    depth: int = 0
+    position: int  # in the text
+    token: torch.Tensor  # `[1, 1]`, int64
+    distribution: torch.Tensor | None  # that it was drawn from, `[1, V]`, float32
+    features: Features  # what the draft module may read of it
+    fill: int  # tokens that were in flight when it was drafted
+    depth: int = 0  # stages that it has passed
 
 
 class SPDStrategy(SpeculationStrategy):

@@ -35,8 +35,8 @@ class SlimDrafter(Drafter):
 
     Blocks follow one another until `stage_len` candidates are gathered. Each candidate comes with the exact
     distribution that it was drawn from, so whoever judges them is lossless. The slim verifier reads over the target's
-    cache or one of its own. Shared, its keys and values lie where the target's will: the target's next pass writes over
-    them, in all layers.
+    cache or one of its own. Shared, its keys and values lie where the target's will: the target's next pass writes
+    over them, in all layers.
     """
 
     units: Units
@@ -245,25 +245,15 @@ class SlimDrafter(Drafter):
 
 @dataclass
 class _Block:
-    """What the slim verifier made of one block, per row.
+    """What the slim verifier made of one block, per row."""
 
-    Args:
-        tokens (`torch.Tensor` of shape `[n, m]`): candidates,
-        counts (`list[int]`): how many of them are real.
-        kept (`list[int]`): leading drafts among them.
-        confidence (`torch.Tensor` of shape `[n, >= m]`): M at each candidate.
-        distributions (`torch.Tensor` of shape `[n, >= m, V]`, *optional*): of the candidates, when sampling.
-        closed (`list[bool]`, *optional*): whether the model should judge now; nowhere by default.
-        dropped (`list[bool]`, *optional*): whether a dropped draft leaves a distribution after the last candidate, by
-            which the model should judge now.
-    """
-
-    tokens: torch.Tensor
-    counts: list[int]
-    kept: list[int]
-    confidence: torch.Tensor
-    distributions: torch.Tensor | None = None
-    closed: list[bool] | None = None
+    tokens: torch.Tensor  # candidates `[n, m]`
+    counts: list[int]  # how many of them are real
+    kept: list[int]  # leading drafts among them
+    confidence: torch.Tensor  # M at each candidate, `[n, >= m]`
+    distributions: torch.Tensor | None = None  # of the candidates, `[n, >= m, V]`, when sampling
+    closed: list[bool] | None = None  # whether the model should judge now; nowhere by default
+    # the same, because a draft was dropped, which leaves its distribution after the last candidate
     dropped: list[bool] | None = None
 
 
