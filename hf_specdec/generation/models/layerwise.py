@@ -99,7 +99,7 @@ class Layerwise:
         self._noted: list[Any] = []
         recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
-        self.norm = self._probe(base)
+        self.norm = self._probe(base, recorders)
         self._token_dims: list[Any] = []
 
     def record(self, **inputs: Any) -> Recording:
@@ -168,7 +168,7 @@ class Layerwise:
         self._noted.append((hidden_states, args, kwargs))
         return hidden_states
 
-    def _probe(self, base: nn.Module) -> nn.Sequential:
+    def _probe(self, base: nn.Module, recorders: nn.ModuleList) -> nn.Sequential:
         """Find what follows the layers, by watching a forward without layers."""
         after: list[tuple[nn.Module, Any, Any]] = []
 
@@ -178,7 +178,6 @@ class Layerwise:
                 after.append((module, args[0] if args else None, output))
             return output
 
-        recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         outside = {id(module): Proxy(module, watch) for module in _beside(base, self.layers)}
         watched = cast(Callable[..., Any], exchanged(base, {**outside, id(self.layers): recorders}))
         self._noted.clear()
