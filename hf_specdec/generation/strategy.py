@@ -48,6 +48,13 @@ class Draft:
         """`counts` as int64 `[n]` beside `tokens`, for the acceptance rules."""
         return upload(self.counts, self.tokens.device)
 
+    def full_distributions(self, width: int) -> torch.Tensor:
+        """Return the tokens' distributions `[n, k, width]`, those of certain tokens written out."""
+        if self.distributions is not None:
+            return self.distributions
+        zeros = torch.zeros(*self.tokens.shape, width, device=self.tokens.device)
+        return zeros.scatter_(2, self.tokens[..., None], 1.0)
+
     @classmethod
     def empty(cls, state: DecodingState) -> Draft:
         """Return a draft of no tokens for every active row."""

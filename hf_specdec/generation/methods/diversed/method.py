@@ -200,11 +200,7 @@ class DiversedStrategy(SpeculationStrategy):
         scores = state.process(target.logits, draft.tokens)
         p, tokens, k = state.distribution(scores), draft.tokens, draft.tokens.shape[1]
         counts = draft.counts_on_device
-        q = (
-            draft.distributions
-            if draft.distributions is not None
-            else torch.zeros_like(p[:, :k]).scatter_(2, tokens[..., None], 1.0)
-        )
+        q = draft.full_distributions(p.shape[-1])
         states = None if target.hidden is None else target.hidden[:, :k]
         w = self.weights(state, draft.hidden, states).expand(tokens.shape) if k else p.new_zeros(tokens.shape)
         explicit = self.config.restrict_to_target_support or self.config.mix_space == "logit"

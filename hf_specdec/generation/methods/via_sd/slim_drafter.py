@@ -127,7 +127,7 @@ class SlimDrafter(Drafter):
         leading = passed.long().cumprod(dim=1).sum(dim=1)
         kept, dropped = leading.tolist(), (leading < draft.counts_on_device).tolist()
         if slim.distribution is not None:
-            p = distributions_of(draft, slim.scores.shape[-1])
+            p = draft.full_distributions(slim.scores.shape[-1])
             distributions = laws.prefilter_distribution(p, slim.tiers_of_all(gate))
         return _Block(tokens, kept, kept, slim.confidence, distributions, closed=dropped, dropped=dropped)
 
@@ -136,7 +136,7 @@ class SlimDrafter(Drafter):
         tokens, k, gate, distributions = draft.tokens, draft.tokens.shape[1], self.config.gate, None
         tier = slim.tiers_of(tokens, gate)
         if slim.distribution is not None:
-            p = distributions_of(draft, slim.scores.shape[-1])
+            p = draft.full_distributions(slim.scores.shape[-1])
             distributions = laws.gate_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(gate))
         new = torch.where(tier == REGENERATE, slim.draw(k), tokens)
         same = (new == tokens) & _real(draft)
@@ -234,16 +234,6 @@ class _Stage:
 def _real(draft: Draft) -> torch.Tensor:
     """Return which of the drafts `[n, k]` are real."""
     return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.counts_on_device[:, None]
-
-
-def distributions_of(draft: Draft, width: int) -> torch.Tensor:
-    """Return the drafter's distributions `[n, k, width]`, point masses where the drafts are certain."""
-    return point_masses(draft.tokens, width) if draft.distributions is None else draft.distributions
-
-
-def point_masses(tokens: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the distributions `[n, k, V]` of drafts `[n, k]` that are certain."""
-    return torch.zeros(*tokens.shape, width, device=tokens.device).scatter_(2, tokens[..., None], 1.0)
 
 
 def _padded_distributions(

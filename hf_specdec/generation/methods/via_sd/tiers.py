@@ -17,7 +17,7 @@ from .audit import Audit, Emitted, tightened
 from .config import ViaSDConfig
 from .laws import ACCEPT, ESCALATE, REGENERATE
 from .schedule import RoundSchedule
-from .slim_drafter import SlimDrafter, distributions_of
+from .slim_drafter import SlimDrafter
 from .slim_verifier import Scored, SlimPass
 
 
@@ -144,7 +144,7 @@ class Tiers:
             # what the processors exclude is drawn anew
             return torch.where(tier == ACCEPT, ACCEPT, REGENERATE), own
         # speculative sampling against the distribution of tiers A and B
-        p = distributions_of(draft, slim.scores.shape[-1])
+        p = draft.full_distributions(slim.scores.shape[-1])
         both = laws.coupled_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(self.gate))
         judge = torch.cat([both, slim.distribution[:, k:]], dim=1)
         verdict = acceptance.speculative_sample(tokens, draft.counts_on_device, judge, p)
