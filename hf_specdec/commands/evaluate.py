@@ -38,8 +38,9 @@ def evaluate_command(
 ) -> None:
     """Score strategies on a task: reward with its 95 % interval, acceptance, tokens per forward, time."""
     from ..bench.run import make_arm
+    from ..training.data import Sampling
     from ..training.rewards import resolve_reward
-    from ..training.tasks import Sampling, evaluate, load_items
+    from ..training.tasks import evaluate, load_items
 
     function, tasks = resolve_reward(reward), load_items(items)
     tasks = tasks[:limit] if limit else tasks

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..generation.models.draft_model import load_assistant
-from ..training.distill import DistillSettings
+from ..training.data import Sampling
 from ..training.diversed import DiversedTraining, train_diversed
 from ..training.draft import DraftTraining, train_draft
+from ..training.settings import DistillSettings
 from ..training.spd import ModuleTraining, train_draft_module
 from ..training.specbound import ExitTraining, train_exit_heads
-from ..training.tasks import Sampling
 from ..training.via_sd import SlimTraining, train_slim
 from .console import Device, Dtype, Model, console, floats, load_model, progress_bar
 

@@ -159,6 +159,3 @@ def speculative_sample(
         weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
     """
     return draw_next(drafts, counts, accept_drafts(drafts, counts, target, draft, weight), target, draft)
-
-
-# VIA-SD: tiers of a slim verifier, and the distributions that they give

@@ -16,15 +16,7 @@ from .strategy import StepResult
 
 
 class Emitter:
-    """Emits tokens for one call.
-
-    Args:
-        state (`DecodingState`): the text.
-        criteria (`StoppingCriteriaList`): as prepared by `generate()`.
-        streamer (`BaseStreamer`, *optional*): gets every column once.
-        scores (`bool`): collect processed scores.
-        logits (`bool`): collect raw logits.
-    """
+    """Emits the tokens of one call, and collects processed scores and raw logits where they are wanted."""
 
     def __init__(
         self, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any, scores: bool, logits: bool
@@ -48,9 +40,7 @@ class Emitter:
     def emit(self, result: StepResult, *, count: bool = True) -> list[int]:
         """Append a step's tokens to the active rows and return how many each kept.
 
-        Args:
-            result (`StepResult`): the step's outcome.
-            count (`bool`, *optional*, defaults to `True`): count it in the statistics (the prefill's token is not).
+        With `count` the step counts in the statistics; the prefill's token does not.
         """
         state, kept, written = self.state, [], {}
         for slot, (row, tokens) in enumerate(zip(state.active, result.tokens.tolist(), strict=True)):

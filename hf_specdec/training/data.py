@@ -79,6 +79,55 @@ def exclude(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, prompts: 
     return kept
 
 
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the ids that end a model's text."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are decoded; a temperature of 0 is greedy.
+
+    Args:
+        temperature (`float`, *optional*, defaults to 1.0): of the distributions.
+        top_k (`int`, *optional*, defaults to 0): words kept, 0 for all.
+        top_p (`float`, *optional*, defaults to 1.0): mass kept.
+        max_new_tokens (`int`, *optional*, defaults to 64): tokens of an answer.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise ValueError(f"Sampling settings are out of range: {self}.")
+
+    def options(self) -> dict[str, Any]:
+        """Return keywords of `generate()`."""
+        if not self.temperature:
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        warpers = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {"do_sample": True, "max_new_tokens": self.max_new_tokens, **warpers}
+
+
+def answers(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, options: dict[str, Any]
+) -> list[list[int]]:
+    """Return the ids of an answer to each prompt, its end token included, decoded as one batch.
+
+    Args:
+        options (`dict`): keywords of `generate()`: the strategy, an assistant.
+    """
+    ids, mask = pad_left(prompts, model.device)
+    output = cast(Any, model).generate(ids, attention_mask=mask, **sampling.options(), **options)
+    ends = end_tokens(model)
+    rows = output[:, ids.shape[1] :].tolist()
+    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+
 def write_texts(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
@@ -99,30 +148,18 @@ def write_texts(
         seed (`int`): of the sampling.
         progress (`Callable[[int], None]`, *optional*): called with the number of answers after each batch.
     """
-    eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
-    answers: list[Text] = []
+    texts: list[Text] = []
     for turn, temperature in enumerate(temperatures):
         chosen = sorted(prompts[turn :: len(temperatures)], key=len)
+        sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
-            ids, mask = pad_left(part, model.device)
             torch.manual_seed(seed + 1000 * turn + start)
-            output = cast(Any, model).generate(
-                ids,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max_new_tokens,
-                assistant_strategy="plain",
-            )
-            for row, prompt in zip(output[:, ids.shape[1] :].cpu(), part, strict=True):
-                end = next((i + 1 for i, token in enumerate(row.tolist()) if token in ends), len(row))
-                answers.append(Text(torch.cat([torch.tensor(prompt), row[:end]]), len(prompt), temperature))
+            written = answers(model, part, sampling, {"assistant_strategy": "plain"})
+            for prompt, answer in zip(part, written, strict=True):
+                texts.append(Text(torch.tensor([*prompt, *answer]), len(prompt), temperature))
             progress(len(part))
-    return answers
+    return texts
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,76 +12,23 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from .data import Text
+from .data import Text, end_tokens
+from .settings import DistillSettings
 
 
-_CHECKPOINT = "checkpoint"
-_PROGRESS = "progress.json"
-_STATE = "state.pt"
 _HELD_OUT = 64
 
+Settings = TypeVar("Settings", bound=DistillSettings)
 Report = Callable[[dict[str, Any]], None]
-
-
-def option(default: Any, help: str, name: str | None = None) -> Any:
-    """Return a dataclass field that is an option of the command, too.
-
-    Args:
-        default: the field's; `MISSING` for none.
-        help (`str`): of the option; a field redeclared without one keeps its base's.
-        name (`str`, *optional*): of the option, such as `"stages"`; by default the field's.
-    """
-    return field(default=default, metadata={"help": help, "name": name})
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillSettings:
-    """Settings of any distillation.
-
-    Args:
-        vocabulary_size (`int`, *optional*, defaults to 8192): words that the student can propose, the most frequent of
-            the training text; `None` for all.
-        steps (`int`, *optional*, defaults to 20000): optimiser steps at most.
-        minutes (`float`, *optional*): stop by the clock; the learning rate follows whichever ends first.
-        batch_tokens (`int`, *optional*, defaults to 2048): tokens per step and process, padding included.
-        max_length (`int`, *optional*, defaults to 512): longer sequences are cut.
-        learning_rate (`float`, *optional*, defaults to 1e-3): at its peak; Adam, 100 steps of warm-up, then a cosine.
-        num_assistant_tokens (`int`, *optional*, defaults to 4): written into the saved settings.
-        save_every (`int`, *optional*, defaults to 500): steps between checkpoints.
-        cache_gib (`float`, *optional*, defaults to 4.0): memory for the target's hidden states.
-        seed (`int`, *optional*, defaults to 0): of the order, and of what is held out.
-    """
-
-    vocabulary_size: int | None = option(
-        8192, "Words that can be proposed, the most frequent; 0 for all.", "vocabulary"
-    )
-    steps: int = option(20000, "Optimiser steps at most.")
-    minutes: float | None = option(None, "Stop by the clock; 0 for never.")
-    batch_tokens: int = option(2048, "Tokens per step and process.")
-    max_length: int = 512
-    learning_rate: float = option(1e-3, "Learning rate at its peak.")
-    num_assistant_tokens: int = option(4, "Draft tokens per round.")
-    save_every: int = 500
-    cache_gib: float = 4.0
-    seed: int = option(0, "Of order and sampling.")
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "max_length", "save_every", "num_assistant_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.learning_rate <= 0 or (self.minutes is not None and self.minutes <= 0):
-            raise ValueError("`learning_rate` and `minutes` must be above 0.")
-        if self.vocabulary_size is not None and self.vocabulary_size < 1:
-            raise ValueError(f"`vocabulary_size` must be at least 1, got {self.vocabulary_size}.")
 
 
 def frequent_words(texts: Sequence[Text], size: int, always: Sequence[int] = ()) -> tuple[torch.Tensor, float]:
@@ -186,37 +133,35 @@ class Agreement:
         return {"agreement": self.agree / count, "overlap": self.overlap / count}
 
 
-class Distillation:
+class Distillation(Generic[Settings]):
     """One training run. A subclass makes the student, and says what its loss, its figures and its files are.
 
     Args:
         target (`PreTrainedModel`): frozen; on the device to train on.
-        texts (`list[Text]`): every 50th, at most 64, is held out.
-        path (`Path`): gets the result, and a folder `checkpoint` to resume from.
+        texts (`list[Text]`): training text; every 50th, at most 64, is held out.
+        path (`str` or `Path`): gets the result at every checkpoint, and a folder `checkpoint` to resume from.
         settings (`DistillSettings`): how.
-        notes (`dict`): what else to record with the result.
-        report (`Callable[[dict], None]`): gets `step`, `seconds`, `loss` and `learning_rate` after each step, and the
-            held-out figures after each checkpoint.
-        depths (`list[int]`, *optional*): states of the target that the student learns from, beside the last.
+        notes (`dict`, *optional*): what else to record with the result.
+        report (`Callable[[dict], None]`, *optional*): gets `step`, `seconds`, `loss` and `learning_rate` after each
+            step, and the held-out figures after each checkpoint.
 
     Raises:
-        ValueError: for fewer than 2 texts.
+        ValueError: for fewer than 2 texts, or settings that don't fit the model.
     """
 
     def __init__(
         self,
         target: PreTrainedModel,
         texts: Sequence[Text],
-        path: Path,
-        settings: DistillSettings,
-        notes: dict[str, Any],
-        report: Report,
-        depths: Sequence[int] = (),
+        path: str | Path,
+        settings: Settings,
+        notes: dict[str, Any] | None = None,
+        report: Report = lambda _: None,
     ) -> None:
         if len(texts) < 2:
             raise ValueError(f"`texts` must hold at least 2 sequences, got {len(texts)}.")
-        self.target, self.path, self.notes, self.report = target, path, notes, report
-        self.limits = settings
+        self.target, self.path, self.notes, self.report = target, Path(path), notes or {}, report
+        self.settings = settings
         self.accelerator = Accelerator(cpu=target.device.type == "cpu")
         torch.manual_seed(settings.seed)
         texts = [Text(text.ids[: settings.max_length], text.prompt_length, text.temperature) for text in texts]
@@ -224,18 +169,49 @@ class Distillation:
         self.held_out, self.train = texts[::apart], [text for i, text in enumerate(texts) if i % apart]
         self.vocabulary, self.covered = None, 1.0
         if settings.vocabulary_size is not None:
-            ends = target.generation_config.eos_token_id
-            always = [] if ends is None else ends if isinstance(ends, list) else [ends]
-            self.vocabulary, self.covered = frequent_words(self.train, settings.vocabulary_size, always)
+            ends = end_tokens(target)
+            self.vocabulary, self.covered = frequent_words(self.train, settings.vocabulary_size, ends)
         target.requires_grad_(False).eval()
-        self.teachers = [Teacher(target, part, settings.cache_gib, depths) for part in (self.train, self.held_out)]
+        depths, gib = self.depths(), settings.cache_gib
+        self.teacher, self.examiner = (Teacher(target, part, gib, depths) for part in (self.train, self.held_out))
         # what a checkpoint must share with the run that goes on from it
-        self.made_with = json.loads(
-            json.dumps({**asdict(settings), "minutes": None, "steps": None, "texts": len(texts)})
-        )
+        self.made_with = plain({**asdict(settings), "minutes": None, "steps": None, "texts": len(texts)})
         self.step, self.start = 0, time.perf_counter()
         self.own: dict[str, nn.Parameter] = {}
         self.optimizer: Any = None
+        self.build()
+
+    @classmethod
+    def distil(
+        cls,
+        target: PreTrainedModel,
+        texts: Sequence[Text],
+        folder: str | Path,
+        settings: Settings,
+        *,
+        resume: bool = False,
+        notes: dict[str, Any] | None = None,
+        report: Report = lambda _: None,
+    ) -> dict[str, Any]:
+        """Train a student, write it to `folder`, and return its figures over the held-out texts.
+
+        Args:
+            target, texts, folder, settings, notes, report: see the class.
+            resume (`bool`, *optional*, defaults to `False`): go on from the folder's checkpoint.
+
+        Raises:
+            ValueError: for fewer than 2 texts, settings that don't fit the model, or a checkpoint made with others.
+            FileNotFoundError: if there is nothing to resume from.
+        """
+        return cls(target, texts, folder, settings, notes, report).run(resume=resume)
+
+    def depths(self) -> Sequence[int]:
+        """Return after how many layers the student reads the target's states, beside the last."""
+        return ()
+
+    def build(self) -> None:
+        """Make the student, and `adopt` it."""
+        raise NotImplementedError
 
     def adopt(self, student: nn.Module, own: dict[str, nn.Parameter]) -> Any:
         """Take `own` as what is trained, in float32, and return the student, ready for several processes."""
@@ -245,6 +221,24 @@ class Distillation:
             parameter.requires_grad_(True)
         self.optimizer = self.accelerator.prepare(torch.optim.Adam(own.values(), betas=(0.9, 0.95)))
         return self.accelerator.prepare(student)
+
+    @property
+    def words(self) -> torch.Tensor | None:
+        """The ids `[k]` that the student can propose, on the target's device; `None` for all."""
+        return None if self.vocabulary is None else self.vocabulary.to(self.target.device)
+
+    def examined(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
+        """Yield batches of held-out texts: ids `[b, T]`, which positions predict answers `[b, T]`, and states.
+
+        The states are those of `Teacher`, in the target's type.
+        """
+        texts = self.held_out
+        for indices in batches([len(text.ids) for text in texts], self.settings.batch_tokens, 0):
+            ids = padded(texts, indices, self.target.device)
+            answers = torch.zeros_like(ids, dtype=torch.bool)
+            for row, index in enumerate(indices):
+                answers[row, texts[index].answer] = True
+            yield ids, answers, [state.to(self.target.dtype) for state in self.examiner(indices, ids)]
 
     def loss(self, ids: torch.Tensor, real: torch.Tensor, states: list[torch.Tensor]) -> torch.Tensor:
         """Return the loss of a batch: ids `[b, T]`, which of them are real `[b, T]`, and what the teacher returned."""
@@ -272,7 +266,7 @@ class Distillation:
             if self._done() >= 1:
                 break
             self._learn(indices)
-            figures = self._save() if self.step % self.limits.save_every == 0 else {}
+            figures = self._save() if self.step % self.settings.save_every == 0 else {}
         return figures or self._save()
 
     @property
@@ -282,18 +276,12 @@ class Distillation:
 
     def _done(self) -> float:
         """Return the share of the training that lies behind, by steps or by the clock."""
-        by_clock = 0.0 if self.limits.minutes is None else self.seconds / 60 / self.limits.minutes
-        return max(self.step / self.limits.steps, by_clock)
+        by_clock = 0.0 if self.settings.minutes is None else self.seconds / 60 / self.settings.minutes
+        return max(self.step / self.settings.steps, by_clock)
 
     def _resume(self) -> None:
         """Go on from the checkpoint."""
-        folder = self.path / _CHECKPOINT
-        noted = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-        if noted["settings"] != self.made_with:
-            raise ValueError(
-                f"The checkpoint in {str(self.path)!r} was made with other settings: {noted['settings']}."
-            )
-        state = torch.load(folder / _STATE, weights_only=True)
+        noted, state = read_checkpoint(self.path, self.made_with)
         for name, parameter in self.own.items():
             parameter.data.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -304,7 +292,7 @@ class Distillation:
         lengths, epoch, skip = [len(text.ids) for text in self.train], 0, self.step
         share = self.accelerator.num_processes
         while True:
-            found = batches(lengths, self.limits.batch_tokens, self.limits.seed + epoch)
+            found = batches(lengths, self.settings.batch_tokens, self.settings.seed + epoch)
             found = found[: len(found) // share * share] or found * share
             mine = found[self.accelerator.process_index :: share]
             yield from mine[skip:]
@@ -312,14 +300,14 @@ class Distillation:
 
     def _learn(self, indices: Sequence[int]) -> None:
         """Make one optimiser step on the texts `indices`."""
-        rate = self.limits.learning_rate * min(1.0, (self.step + 1) / 100)
+        rate = self.settings.learning_rate * min(1.0, (self.step + 1) / 100)
         rate *= 0.5 * (1 + math.cos(math.pi * min(self._done(), 1.0)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         ids = padded(self.train, indices, self.accelerator.device)
         lengths = torch.tensor([len(self.train[i].ids) for i in indices], device=ids.device)
         real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        loss = self.loss(ids, real, self.teachers[0](indices, ids))
+        loss = self.loss(ids, real, self.teacher(indices, ids))
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.own.values(), 1.0)
         self.optimizer.step()
@@ -331,16 +319,41 @@ class Distillation:
         """Write the result and a checkpoint; return the held-out figures."""
         found = self.evaluate()
         if self.accelerator.is_main_process:
-            training = {**asdict(self.limits), "texts": len(self.train), "steps_done": self.step}
+            training = {**asdict(self.settings), "texts": len(self.train), "steps_done": self.step}
             self.write({"training": {**training, "coverage": self.covered}, "held_out": found, **self.notes})
-            folder = self.path / _CHECKPOINT
-            folder.mkdir(exist_ok=True)
             parameters = {name: parameter.data for name, parameter in self.own.items()}
-            torch.save({"parameters": parameters, "optimizer": self.optimizer.state_dict()}, folder / _STATE)
+            state = {"parameters": parameters, "optimizer": self.optimizer.state_dict()}
             progress = {"step": self.step, "seconds": self.seconds, "settings": self.made_with}
-            (folder / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
+            write_checkpoint(self.path, progress, state)
         self.report({"step": self.step, "seconds": self.seconds, **found})
         return found
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as they come back from a JSON file."""
+    return cast("dict[str, Any]", json.loads(json.dumps(settings)))
+
+
+def write_checkpoint(path: Path, progress: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write what a run resumes from into the folder `checkpoint` of its result: JSON, and tensors."""
+    folder = path / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "state.pt")
+    (folder / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
+
+
+def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the progress and the tensors that `write_checkpoint` wrote.
+
+    Raises:
+        ValueError: if `progress["settings"]` are not `made_with`.
+        FileNotFoundError: if there is no checkpoint.
+    """
+    folder = path / "checkpoint"
+    noted = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    if noted["settings"] != made_with:
+        raise ValueError(f"The checkpoint in {str(path)!r} was made with other settings: {noted['settings']}.")
+    return noted, torch.load(folder / "state.pt", weights_only=True)
 
 
 def divergence(p: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

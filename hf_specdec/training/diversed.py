@@ -12,8 +12,7 @@ is the reward less the mean reward of the same prompt's other answers.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,14 +28,13 @@ from ..generation.methods.diversed.method import DiversedConfig
 from ..generation.models.adapters import remember
 from ..generation.models.vocabulary import pad_vocabulary, vocabulary_width
 from ..generation.runner import head_input
-from .distill import option
+from .data import Sampling, answers
+from .distill import Report, plain, read_checkpoint, write_checkpoint
 from .rewards import Reward
-from .tasks import Sampling, Score, answers, evaluate, prompt_ids
+from .settings import option
+from .tasks import Score, evaluate, prompt_ids
 
 
-_CHECKPOINT = "checkpoint"
-_PROGRESS = "progress.json"
-_STATE = "state.pt"
 _TRAINED = "the head that is being trained"
 
 
@@ -206,7 +204,7 @@ def train_diversed(
     settings: DiversedTraining,
     *,
     resume: bool = False,
-    report: Callable[[dict[str, Any]], None] = lambda _: None,
+    report: Report = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Train a head for each lambda and write the best one to `folder`, for `assistant_strategy=folder`.
 
@@ -240,35 +238,31 @@ def train_diversed(
     return run.found
 
 
+@dataclass
 class _Run:
     """One training run: the models, the task, and what was found so far."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        draft: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        items: Sequence[dict[str, Any]],
-        reward: Reward,
-        path: Path,
-        settings: DiversedTraining,
-        report: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self.target, self.draft, self.tokenizer, self.reward = target, draft, tokenizer, reward
-        self.path, self.settings, self.report = path, settings, report
-        self.accelerator = Accelerator(cpu=target.device.type == "cpu")
-        self.held_out, self.train = list(items[: settings.held_out]), list(items[settings.held_out :])
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    items: Sequence[dict[str, Any]]
+    reward: Reward
+    path: Path
+    settings: DiversedTraining
+    report: Report
+
+    def __post_init__(self) -> None:
+        self.accelerator = Accelerator(cpu=self.target.device.type == "cpu")
+        apart = self.settings.held_out
+        self.held_out, self.train = list(self.items[:apart]), list(self.items[apart:])
         # what a checkpoint must share with the run that goes on from it
-        self.made_with = json.loads(json.dumps({**asdict(settings), "items": len(items)}))
+        self.made_with = plain({**asdict(self.settings), "items": len(self.items)})
         self.found: list[dict[str, Any]] = []
+        self.state: dict[str, Any] = {}
 
     def resume(self) -> tuple[int, int]:
         """Read the checkpoint; return the lambda's place and the updates that were made with it."""
-        noted = json.loads((self.path / _CHECKPOINT / _PROGRESS).read_text(encoding="utf-8"))
-        if noted["settings"] != self.made_with:
-            raise ValueError(
-                f"The checkpoint in {str(self.path)!r} was made with other settings: {noted['settings']}."
-            )
+        noted, self.state = read_checkpoint(self.path, self.made_with)
         self.found = noted["found"]
         return noted["sweep"], noted["update"]
 
@@ -279,9 +273,8 @@ class _Run:
         head = DiversedHead(widths[0], widths[1], settings.init_weight, settings.input_norm).to(self.target.device)
         optimizer = torch.optim.Adam(head.parameters(), lr=settings.learning_rate)
         if done:
-            state = torch.load(self.path / _CHECKPOINT / _STATE, weights_only=True)
-            head.load_state_dict(state["head"])
-            optimizer.load_state_dict(state["optimizer"])
+            head.load_state_dict(self.state["head"])
+            optimizer.load_state_dict(self.state["optimizer"])
         while done < settings.updates:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * min(1.0, (done + 1) / 10)
@@ -303,11 +296,9 @@ class _Run:
         if self.accelerator.is_main_process:
             if value > best:
                 self.save(head, {**notes, "updates": done})
-            folder = self.path / _CHECKPOINT
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"head": head.state_dict(), "optimizer": optimizer.state_dict()}, folder / _STATE)
             progress = {"sweep": sweep, "update": done, "settings": self.made_with, "found": self.found}
-            (folder / _PROGRESS).write_text(json.dumps(progress, indent=1), encoding="utf-8")
+            state = {"head": head.state_dict(), "optimizer": optimizer.state_dict()}
+            write_checkpoint(self.path, progress, state)
         self.report(self.found[-1])
 
     def options(self, head: DiversedHead, **changes: Any) -> dict[str, Any]:
@@ -349,14 +340,5 @@ class _Run:
 
     def score(self, head: DiversedHead) -> Score:
         """Evaluate the head on the held-out items, as it will be used."""
-        return evaluate(
-            "diversed",
-            self.target,
-            self.tokenizer,
-            self.held_out,
-            self.reward,
-            self.settings.sampling,
-            self.options(head),
-            batch_size=32,
-            seed=self.settings.seed,
-        )
+        task, settings = (self.target, self.tokenizer, self.held_out, self.reward), self.settings
+        return evaluate("diversed", *task, settings.sampling, self.options(head), batch_size=32, seed=settings.seed)

@@ -21,6 +21,7 @@ import torch
 from ..generation.methods.via_sd.config import BUDGETS, CACHES
 from ..generation.methods.via_sd.slim_model import SKIP_RATIO
 from .scoring import OBJECTIVES, Mask, SlimScorer
+from .settings import option
 
 
 _POOL, _NEIGHBOURS, _RANDOM_SEEDS = 256, 8, 20
@@ -32,14 +33,13 @@ class MaskSearch:
     """Settings of `search_mask`.
 
     Args:
+        objective (`str`, *optional*, defaults to `"tv"`): what is minimised: the total variation distance of the two
+            distributions (right for the lossless mode), `"kl"`, `"margin"` (the paper's cost, right for the lossy
+            mode) or `"top1"` (the share of different most likely words).
         skip_ratio (`float`, *optional*, defaults to 0.45): share to leave out, in [0.1, 0.7].
         skip_budget_by (`str`, *optional*, defaults to `"params"`): share of the layers' parameters, or of the units
             (`"count"`).
         granularity (`str`, *optional*, defaults to `"layer"`): or `"sublayer"`: attention and MLP apart.
-        objective (`str`, *optional*, defaults to `"tv"`): what is minimised: the total variation distance of the two
-            distributions (right for the lossless mode), `"kl"`, `"margin"` (the paper's cost, right for the lossy
-            mode) or `"top1"` (the share of different most likely tokens).
-        alpha, beta (`float`, *optional*, default to 0.5): leniency of the paper's cost.
         slim_cache (`str`, *optional*, defaults to `"shared"`): cache mode of decoding.
         max_steps (`int`, *optional*, defaults to 1000): masks scored at most.
         patience (`int`, *optional*, defaults to 300): masks scored without an improvement.
@@ -52,21 +52,19 @@ class MaskSearch:
         seed (`int`, *optional*, defaults to 0): of the proposals.
     """
 
-    skip_ratio: float = SKIP_RATIO
-    skip_budget_by: str = "params"
-    granularity: str = "layer"
-    objective: str = "tv"
-    alpha: float = 0.5
-    beta: float = 0.5
-    slim_cache: str = "shared"
-    max_steps: int = 1000
-    patience: int = 300
+    objective: str = option("tv", "tv or kl (lossless mode), margin (lossy mode), top1.")
+    skip_ratio: float = option(SKIP_RATIO, "Share to leave out.")
+    skip_budget_by: str = option("params", "Share of the params, or the count, of the units.")
+    granularity: str = option("layer", "layer or sublayer.")
+    slim_cache: str = option("shared", "Cache mode of decoding: shared, or own (with an adapter).")
+    max_steps: int = option(1000, "Masks scored at most.", "steps")
+    patience: int = option(300, "Masks scored without an improvement.")
     theta: int = 25
-    window: int = 64
+    window: int = option(64, "Answer tokens read per text.")
     mini_batch: int = 4
     stop_agreement: float = 0.95
-    minutes: float | None = None
-    seed: int = 0
+    minutes: float | None = option(None, "Stop by the clock; 0 for never.")
+    seed: int = option(0, "Of the proposals.")
 
     def __post_init__(self) -> None:
         if not 0.1 <= self.skip_ratio <= 0.7:
@@ -75,8 +73,6 @@ class MaskSearch:
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if not 0 <= self.alpha < 1 or not 1 - self.alpha <= self.beta <= 1:
-            raise ValueError(f"`alpha` must be in [0, 1) and `beta` in [1 - alpha, 1], got {self.alpha}, {self.beta}.")
         if self.theta < 2 or not 16 <= self.window <= 512:
             raise ValueError(
                 f"`theta` must be at least 2 and `window` in [16, 512], got {self.theta} and {self.window}."

@@ -21,8 +21,8 @@ from ..generation.methods.spd.draft_module import Features, PipelineDraftModule,
 from ..generation.methods.spd.method import SPDConfig
 from ..generation.models.layerwise import LayerCall, Layerwise
 from ..generation.models.surgery import decoder_layers
-from .data import Text
-from .distill import Agreement, Distillation, DistillSettings, Report, batches, coverage, divergence, option, padded
+from .distill import Agreement, Distillation, coverage, divergence
+from .settings import DistillSettings, option
 
 
 LAYOUTS = ("exact", "shared")
@@ -79,39 +79,6 @@ class ModuleTraining(DistillSettings):
             raise ValueError("`templates` are those of `start`; leave one of them out.")
         if self.layout not in (None, *LAYOUTS):
             raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
-
-
-def train_draft_module(
-    target: PreTrainedModel,
-    texts: Sequence[Text],
-    folder: str | Path,
-    settings: ModuleTraining,
-    *,
-    resume: bool = False,
-    notes: dict[str, Any] | None = None,
-    report: Report = lambda _: None,
-) -> dict[str, Any]:
-    """Train a draft module and write it to `folder`.
-
-    Args:
-        target (`PreTrainedModel`): frozen; on the device to train on.
-        texts (`list[Text]`): training text; every 50th, at most 64, is held out.
-        folder (`str` or `Path`): gets the module at every checkpoint, and a folder `checkpoint` to resume from.
-        settings (`ModuleTraining`): how.
-        resume (`bool`, *optional*, defaults to `False`): go on from the folder's checkpoint.
-        notes (`dict`, *optional*): what else to record in the adapter's config file.
-        report (`Callable[[dict], None]`, *optional*): see `Distillation`.
-
-    Returns:
-        The held-out figures (see `Agreement.figures`) with a full pipeline, and under `after_rejection` those of the
-        first token after a rejection, when all others are finished.
-
-    Raises:
-        ValueError: for fewer than 2 texts, stages or features that don't fit the model, or a checkpoint made with
-            other settings.
-        FileNotFoundError: if there is nothing to resume from.
-    """
-    return _ModuleRun(target, texts, Path(folder), settings, notes or {}, report).run(resume=resume)
 
 
 class Layout:
@@ -188,22 +155,18 @@ class Student(nn.Module):
         return self.module.score(hidden[:, -features[0].shape[1] :])
 
 
-class _ModuleRun(Distillation):
+class _ModuleRun(Distillation[ModuleTraining]):
     """The draft module as the student."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        texts: Sequence[Text],
-        path: Path,
-        settings: ModuleTraining,
-        notes: dict[str, Any],
-        report: Report,
-    ) -> None:
-        layers = len(decoder_layers(target))
-        depths = DepthMap(layers, settings.num_stages, settings.stage_layers, settings.feature_layers)
-        super().__init__(target, texts, path, settings, notes, report, depths.features)
-        self.settings, self.depths = settings, depths
+    def depths(self) -> Sequence[int]:
+        """Return the states that the module reads."""
+        settings, layers = self.settings, len(decoder_layers(self.target))
+        self.map = DepthMap(layers, settings.num_stages, settings.stage_layers, settings.feature_layers)
+        return self.map.features
+
+    def build(self) -> None:
+        """Make the module, and begin it with what an earlier one has learned."""
+        settings, target, depths, layers = self.settings, self.target, self.map, len(decoder_layers(self.target))
         self.kind = settings.layout or ("exact" if depths.stages <= _MOST_EXACT_STAGES else "shared")
         earlier = None if settings.start is None else load_draft_module(target, settings.start)
         spread = torch.linspace(layers // 2, layers - 1, settings.num_draft_layers + 1)[1:].round().long().tolist()
@@ -220,21 +183,20 @@ class _ModuleRun(Distillation):
                 self.module.feature_proj.load_state_dict(earlier.feature_proj.state_dict())
         self.undistributed = Student(target, self.module)
         self.student = self.adopt(self.undistributed, dict(self.module.named_parameters()))
-        self.parts = Layerwise(target)
-        self.whole = self.parts.tail()
+        self.whole = Layerwise(target).tail()
 
     def _logits(self, states: list[torch.Tensor], fill: int) -> torch.Tensor:
         """Return the module's logits `[b, T, V_d]` for the target's states `[b, T, H]`."""
-        layout, width = Layout(self.depths, self.kind, fill), states[0].shape[1]
+        layout, width = Layout(self.map, self.kind, fill), states[0].shape[1]
         sample = states[0].to(self.target.dtype)
-        read = {index: state.to(sample.dtype) for index, state in zip(self.depths.features, states, strict=True)}
+        read = {index: state.to(sample.dtype) for index, state in zip(self.map.features, states, strict=True)}
         with torch.autocast(sample.device.type, torch.bfloat16):
             logits: torch.Tensor = self.student(read, layout, self.undistributed.calls(layout, width, sample))
         return logits
 
     def fill(self) -> int:
         """Return this step's F, from 1 to n and the same on all processes."""
-        n, rate = self.depths.stages, self.settings.fill_rate
+        n, rate = self.map.stages, self.settings.fill_rate
         draw = torch.Generator().manual_seed(1_000_003 * self.settings.seed + self.step)
         chances = [1 / (2 * (n - 1))] * (n - 1) + [0.5]
         if rate is not None:
@@ -245,34 +207,24 @@ class _ModuleRun(Distillation):
         """Return the divergence at the real positions whose most likely word the module can guess."""
         with torch.no_grad():
             theirs = self.whole(states[-1][real].to(self.target.dtype))
-            words = None if self.vocabulary is None else self.vocabulary.to(theirs.device)
-            if words is None:
-                valid = torch.ones_like(theirs[:, 0], dtype=torch.bool)
-            else:
-                valid = torch.isin(theirs.argmax(-1), words)
-                theirs = theirs[:, words]
+            valid = torch.ones_like(theirs[:, 0], dtype=torch.bool)
+            if (words := self.words) is not None:
+                valid, theirs = torch.isin(theirs.argmax(-1), words), theirs[:, words]
             p = theirs[valid].softmax(-1, dtype=torch.float32)
         return divergence(p, self._logits(states[:-1], self.fill())[real][valid])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Compare the module with the model at the answer positions of the held-out texts."""
-        found = {self.depths.stages: Agreement(), 1: Agreement()}
-        words = None if self.vocabulary is None else self.vocabulary.to(self.target.device)
-        texts = self.held_out
+        found = {self.map.stages: Agreement(), 1: Agreement()}
         self.student.eval()
-        for indices in batches([len(text.ids) for text in texts], self.settings.batch_tokens, 0):
-            ids = padded(texts, indices, self.target.device)
-            answers = torch.zeros_like(ids, dtype=torch.bool)
-            for row, index in enumerate(indices):
-                answers[row, texts[index].answer] = True
-            states = self.teachers[1](indices, ids)
-            p = self.whole(states[-1][answers].to(self.target.dtype)).float().softmax(-1)
+        for _, answers, states in self.examined():
+            p = self.whole(states[-1][answers]).float().softmax(-1)
             for fill, sums in found.items():
                 mine = self._logits(states[:-1], fill)[answers]
-                sums.add(p, mine.softmax(-1, dtype=torch.float32), words)
+                sums.add(p, mine.softmax(-1, dtype=torch.float32), self.words)
         self.student.train()
-        return {**found[self.depths.stages].figures(), "after_rejection": found[1].figures()}
+        return {**found[self.map.stages].figures(), "after_rejection": found[1].figures()}
 
     def write(self, record: dict[str, Any]) -> None:
         """Save the module."""
@@ -280,3 +232,11 @@ class _ModuleRun(Distillation):
         if self.settings.start is not None:
             record["training"]["start"] = Path(self.settings.start).name  # not where it lies on this machine
         self.module.save(self.path, SPDConfig(), self.target, **notes, **record)
+
+
+train_draft_module = _ModuleRun.distil
+"""Train a draft module and write it to a folder.
+
+The figures are those of `Agreement.figures` with a full pipeline and, under `after_rejection`, for the first token
+after a rejection, when all others are finished.
+"""

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..generation.methods.specbound.exit_heads import ExitHeads, before_each
 from ..generation.methods.specbound.method import SpecBoundConfig
 from ..generation.models.layerwise import LayerCall, Layerwise
-from .data import Text
-from .distill import Agreement, Distillation, DistillSettings, Report, batches, divergence, option, padded
+from .distill import Agreement, Distillation, divergence
+from .settings import DistillSettings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,37 +38,6 @@ class ExitTraining(DistillSettings):
         super().__post_init__()
         if self.kind == "final":
             raise ValueError("`kind='final'` has nothing to train; allowed: adapter, full, block.")
-
-
-def train_exit_heads(
-    target: PreTrainedModel,
-    texts: Sequence[Text],
-    folder: str | Path,
-    settings: ExitTraining,
-    *,
-    resume: bool = False,
-    notes: dict[str, Any] | None = None,
-    report: Report = lambda _: None,
-) -> dict[str, Any]:
-    """Train exit heads and write them to `folder`.
-
-    Args:
-        target (`PreTrainedModel`): frozen; on the device to train on.
-        texts (`list[Text]`): training text; every 50th, at most 64, is held out.
-        folder (`str` or `Path`): gets the heads at every checkpoint, and a folder `checkpoint` to resume from.
-        settings (`ExitTraining`): how.
-        resume (`bool`, *optional*, defaults to `False`): go on from the folder's checkpoint.
-        notes (`dict`, *optional*): what else to record in the adapter's config file.
-        report (`Callable[[dict], None]`, *optional*): see `Distillation`.
-
-    Returns:
-        The held-out figures (see `Agreement.figures`) of each depth.
-
-    Raises:
-        ValueError: for fewer than 2 texts, depths that are not allowed, or a checkpoint made with other settings.
-        FileNotFoundError: if there is nothing to resume from.
-    """
-    return _ExitRun(target, texts, Path(folder), settings, notes or {}, report).run(resume=resume)
 
 
 class _Student(nn.Module):
@@ -99,22 +66,17 @@ class _Student(nn.Module):
         return torch.where((parity % 2 == 0)[..., None], guess.to(before.dtype), before)
 
 
-class _ExitRun(Distillation):
+class _ExitRun(Distillation[ExitTraining]):
     """The heads as the student."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        texts: Sequence[Text],
-        path: Path,
-        settings: ExitTraining,
-        notes: dict[str, Any],
-        report: Report,
-    ) -> None:
-        super().__init__(target, texts, path, settings, notes, report, settings.layers)
-        self.settings = settings
-        self.parts = Layerwise(target)
-        self.heads = ExitHeads(target, settings.layers, settings.kind, self.vocabulary, settings.rank)
+    def depths(self) -> Sequence[int]:
+        """Return the depths that get a head."""
+        return self.settings.layers
+
+    def build(self) -> None:
+        """Make the heads."""
+        settings, self.parts = self.settings, Layerwise(self.target)
+        self.heads = ExitHeads(self.target, settings.layers, settings.kind, self.vocabulary, settings.rank)
         self.student = self.adopt(_Student(self.heads), dict(self.heads.own.named_parameters()))
         self.reduced = self.parts.tail(self.heads.inside)
 
@@ -131,24 +93,17 @@ class _ExitRun(Distillation):
         """Return the sum over the heads of the divergence at the real positions."""
         with torch.no_grad():
             p = self.reduced(states[-1][real].to(self.target.dtype)).softmax(-1, dtype=torch.float32)
-        losses = [divergence(p, mine) for mine in self._logits(ids, states, real)]
-        return torch.stack(losses).sum()
+        return torch.stack([divergence(p, mine) for mine in self._logits(ids, states, real)]).sum()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Compare each head with the model at the answer positions of the held-out texts."""
-        found, texts = {layer: Agreement() for layer in self.heads.layers}, self.held_out
+        found, whole = {layer: Agreement() for layer in self.heads.layers}, self.parts.tail()
         self.student.eval()
-        whole, words = self.parts.tail(), None if self.vocabulary is None else self.vocabulary.to(self.target.device)
-        for indices in batches([len(text.ids) for text in texts], self.settings.batch_tokens, 0):
-            ids = padded(texts, indices, self.target.device)
-            answers = torch.zeros_like(ids, dtype=torch.bool)
-            for row, index in enumerate(indices):
-                answers[row, texts[index].answer] = True
-            states = self.teachers[1](indices, ids)
-            p = whole(states[-1][answers].to(self.target.dtype)).float().softmax(-1)
+        for ids, answers, states in self.examined():
+            p = whole(states[-1][answers]).float().softmax(-1)
             for layer, mine in zip(self.heads.layers, self._logits(ids, states, answers), strict=True):
-                found[layer].add(p, mine.softmax(-1, dtype=torch.float32), words)
+                found[layer].add(p, mine.softmax(-1, dtype=torch.float32), self.words)
         self.student.train()
         return {str(layer): sums.figures() for layer, sums in found.items()}
 
@@ -156,3 +111,7 @@ class _ExitRun(Distillation):
         """Save the heads."""
         config = SpecBoundConfig(num_assistant_tokens=self.settings.num_assistant_tokens)
         self.heads.save(self.path, config, self.target, **record)
+
+
+train_exit_heads = _ExitRun.distil
+"""Train exit heads and write them to a folder; the figures are those of `Agreement.figures` at each depth."""

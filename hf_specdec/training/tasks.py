@@ -14,36 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..generation.stats import SpeculationStats, on_speculation
 from ..texts import chat_ids
-from .data import pad_left
+from .data import Sampling, answers
 from .rewards import Reward
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are decoded; a temperature of 0 is greedy.
-
-    Args:
-        temperature (`float`, *optional*, defaults to 1.0): of the distributions.
-        top_k (`int`, *optional*, defaults to 0): words kept, 0 for all.
-        top_p (`float`, *optional*, defaults to 1.0): mass kept.
-        max_new_tokens (`int`, *optional*, defaults to 64): tokens of an answer.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_new_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
-            raise ValueError(f"Sampling settings are out of range: {self}.")
-
-    def options(self) -> dict[str, Any]:
-        """Return keywords of `generate()`."""
-        if not self.temperature:
-            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
-        warpers = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return {"do_sample": True, "max_new_tokens": self.max_new_tokens, **warpers}
 
 
 @dataclass
@@ -90,23 +62,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, item: dict[str, Any]) -> list
     return chat_ids(tokenizer, str(item.get("question", item.get("prompt"))))
 
 
-def answers(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, options: dict[str, Any]
-) -> list[list[int]]:
-    """Return the ids of an answer to each prompt, its end token included, decoded as one batch.
-
-    Args:
-        options (`dict`): keywords of `generate()`: the strategy, an assistant.
-    """
-    ids, mask = pad_left(prompts, model.device)
-    with torch.no_grad():
-        output = cast(Any, model).generate(ids, attention_mask=mask, **sampling.options(), **options)
-    eos = model.generation_config.eos_token_id
-    ends = set(eos if isinstance(eos, list) else [eos])
-    rows = output[:, ids.shape[1] :].tolist()
-    return [row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))] for row in rows]
-
-
 def evaluate(
     name: str,
     model: PreTrainedModel,
@@ -151,16 +106,12 @@ def evaluate(
     emitted = sum(sum(row) for s in stats for row in s.accept_lengths)
     low, high = interval(rewards)
     return Score(
-        name,
-        len(rewards),
-        sum(rewards) / len(rewards),
-        low,
-        high,
-        accepted / drafted if drafted else 0.0,
-        emitted / steps if steps else 1.0,
-        1000 * seconds / max(tokens, 1),
-        dict(stats[-1].method) if stats else {},
-    )
+        name, len(rewards), sum(rewards) / len(rewards), low, high,
+        acceptance=accepted / drafted if drafted else 0.0,
+        tokens_per_forward=emitted / steps if steps else 1.0,
+        ms_per_token=1000 * seconds / max(tokens, 1),
+        method=dict(stats[-1].method) if stats else {},
+    )  # fmt: skip
 
 
 def interval(rewards: Sequence[float]) -> tuple[float, float]:

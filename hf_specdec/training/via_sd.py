@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from ..generation.methods.via_sd.config import ViaSDConfig
 from ..generation.methods.via_sd.slim_model import LORA_FOLDER, LowRankTerms, Units, load_slim, save_slim, slim_model
 from ..generation.models.adapters import describe
-from ..generation.models.layerwise import Layerwise
-from ..generation.models.vocabulary import InsideHead, ReducedHead
+from ..generation.models.layerwise import Layerwise, Proxy
+from ..generation.models.vocabulary import ReducedHead
 from .data import Text
-from .distill import Distillation, DistillSettings, Report, divergence, option
+from .distill import Distillation, Report, divergence
 from .scoring import SlimScorer, margin_cost
+from .settings import DistillSettings, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,47 +77,32 @@ def train_slim(
     """Train a LoRA for a mask and write both to `folder`.
 
     Args:
-        target (`PreTrainedModel`): frozen; on the device to train on.
-        texts (`list[Text]`): training text; every 50th, at most 64, is held out.
-        mask (`str` or `Path`): folder of a mask, as `hf-specdec calibrate via_sd` writes it.
-        folder (`str` or `Path`): gets mask and LoRA at every checkpoint, and a folder `checkpoint` to resume from.
-        settings (`SlimTraining`): how.
-        resume (`bool`, *optional*, defaults to `False`): go on from the folder's checkpoint.
-        notes (`dict`, *optional*): what else to record.
-        report (`Callable[[dict], None]`, *optional*): see `Distillation`.
+        mask (`str` or `Path`): folder of a mask of this model, as `hf-specdec calibrate via_sd` writes it.
+        target, texts, folder, settings, resume, notes, report: see `Distillation.distil`, errors too.
 
     Returns:
         Held-out agreement, TV and KL, and the same of the mask alone under `before`.
-
-    Raises:
-        ValueError: for fewer than 2 texts, a mask of another model, or a checkpoint made with other settings.
-        FileNotFoundError: if there is nothing to resume from.
     """
-    return _SlimRun(target, texts, mask, Path(folder), settings, notes or {}, report).run(resume=resume)
+    return _SlimRun(mask, target, texts, folder, settings, notes, report).run(resume=resume)
 
 
-class _SlimRun(Distillation):
+class _SlimRun(Distillation[SlimTraining]):
     """The slim model as the student."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        texts: Sequence[Text],
-        mask: str | Path,
-        path: Path,
-        settings: SlimTraining,
-        notes: dict[str, Any],
-        report: Report,
-    ) -> None:
+    def __init__(self, mask: str | Path, target: PreTrainedModel, *rest: Any) -> None:
+        self.mask = load_slim(target, str(mask))
+        super().__init__(target, *rest)
+
+    def build(self) -> None:
+        """Put a LoRA on the layers that stay."""
         from peft import LoraConfig, get_peft_model
 
-        super().__init__(target, texts, path, settings, notes, report)
-        self.settings, self.mask = settings, load_slim(target, str(mask))
+        settings, target = self.settings, self.target
         self.units, self.keep = Units(target, self.mask.granularity), tuple(self.mask.keep)
         self.units.check(self.keep)
         reduced = None
         if self.vocabulary is not None:
-            reduced = InsideHead(ReducedHead(target.get_output_embeddings(), self.vocabulary))
+            reduced = Proxy(ReducedHead(target.get_output_embeddings(), self.vocabulary), ReducedHead.reduced)
         self.reduced = Layerwise(target).tail(reduced)
         shared = {id(t): t for t in [*target.parameters(), *target.buffers()]}
         twin = copy.deepcopy(target, cast("dict[int, Any]", shared))  # modules of its own around the same weights

@@ -26,7 +26,7 @@ EXPECTED = {
     "waits": {"greedy", "sampling"},
     "leak": set(),
 }
-STEPS = {"linear layers alone", "draft step", "verification, scored", "plain step, uncaptured", "topk", "gather"}
+STEPS = {"linear layers alone", "draft step", "verification, scored", "plain step, uncaptured", "choice", "gather"}
 EXPECTED |= dict.fromkeys(["steps", "steps_small", "compiled"], STEPS)
 
 

@@ -102,8 +102,8 @@ MUTANTS = [
     Mutant(
         "keys are off by a thousandth",
         "cache/speculative.py",
-        "keys[:, :, step.low : step.high] = key_states",
-        "keys[:, :, step.low : step.high] = key_states * 1.001",
+        "keys[:, :, address.low : address.high] = key_states",
+        "keys[:, :, address.low : address.high] = key_states * 1.001",
         ("cache",),
         ("plain", "assisted"),
     ),
@@ -216,7 +216,7 @@ MUTANTS = [
     # selection
     Mutant(
         "the least important tokens are chosen",
-        "cache/sparse.py",
+        "cache/selection.py",
         "return metric.topk(self.selected, dim=-1, sorted=ragged).indices",
         "return metric.topk(self.selected, dim=-1, sorted=ragged, largest=False).indices",
         ("cache", "methods/vegas"),
@@ -224,23 +224,23 @@ MUTANTS = [
     ),
     Mutant(
         "a rejected draft may be chosen",
-        "cache/sparse.py",
-        "return slots >= valid, ",
-        "return slots > valid, ",
+        "cache/selection.py",
+        "return positions >= valid, ",
+        "return positions > valid, ",
         ("cache", "methods/vegas"),
         ("vegas",),
     ),
     Mutant(
         "recents are gathered one token early",
         "cache/sparse.py",
-        "recent = step.slots_on(chosen.device)[:, 1 : 1 + fed]",
-        "recent = step.slots_on(chosen.device)[:, :fed]",
+        "recent = address.positions_on(chosen.device)[:, 1 : 1 + fed]",
+        "recent = address.positions_on(chosen.device)[:, :fed]",
         ("cache", "methods/vegas"),
         ("vegas",),
     ),
     Mutant(
         "a finished row leaves its selection to another",
-        "cache/sparse.py",
+        "cache/selection.py",
         "values[i], values[j] = values[j], values[i]",
         "pass",
         ("cache", "methods/vegas"),
@@ -248,7 +248,7 @@ MUTANTS = [
     ),
     Mutant(
         "the budget leaves the drafts out",
-        "cache/sparse.py",
+        "cache/selection.py",
         "self.budget(start + newest + 1, start + 1)",
         "self.budget(start + 1, start + 1)",
         ("cache", "methods/vegas"),

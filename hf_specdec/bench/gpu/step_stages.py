@@ -142,10 +142,11 @@ def _selection(run: StageRun, view: FixedView, cache: SpeculativeCache, rows: in
     from ...kernels import triton_select  # triton is optional
 
     metrics = torch.rand(len(view.layers), rows, context, device=run.device)
+    run.note("choice", ms=run.timed(partial(view.selector.choose, metrics), cold=False), shape=list(metrics.shape))
     for ordered in (True, False):
         ms = run.timed(partial(metrics.topk, view.selected, sorted=ordered), cold=False)
-        run.note("topk", sorted=ordered, ms=ms, shape=list(metrics.shape), chosen=view.selected)
-    best = metrics.topk(view.selected).indices
+        run.note("its topk", sorted=ordered, ms=ms, chosen=view.selected)
+    best = view.selector.choose(metrics)
     sources = [states[:rows] for layer in cache.layers for states in (layer.keys, layer.values)]
     targets = [side for index in view.layers for side in (view.keys[index], view.values[index])]
     heads, table = sources[0].shape[1], triton_select.addresses(sources, targets)

@@ -109,24 +109,15 @@ class Layerwise:
         noted = list(self._noted)
         return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
 
-    def compare(self, one: Recording, two: Recording) -> None:
-        """Learn from recordings of one token and of two where in the arguments the tokens lie; `join` needs it."""
-        self._token_dims = [_token_dims(a, b) for a, b in zip(one.calls, two.calls, strict=True)]
-
     def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
-        """Return the arguments of layer `layer` for the tokens of several recordings together, on `cache` at `step`.
-
-        Args:
-            recordings (`list[Recording]`): of consecutive tokens of one text.
-        """
+        """Return a layer's arguments for the consecutive tokens of several recordings, on `cache` at `step`."""
         parts = [recording.calls[layer] for recording in recordings]
         return cast(LayerCall, _joined(parts, self._token_dims[layer], cache, step))
 
     def tail(self, head: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function from the LM head's input `[..., H]` to logits, soft-caps and scales included.
 
-        Args:
-            head (`nn.Module`, *optional*): takes the place of the model's own head.
+        A `head` takes the place of the model's own.
         """
         changes: dict[int, nn.Module] = {id(self.model.base_model): _Passes()}
         if head is not None:
@@ -156,8 +147,8 @@ class Layerwise:
         Raises:
             ValueError: if the layers, called one by one, don't give the same logits.
         """
-        one = self.record_at(runner, token, position)
-        self.compare(one, self.record_at(runner, token.expand(1, 2), position))
+        one, two = (self.record_at(runner, token.expand(1, m), position).calls for m in (1, 2))
+        self._token_dims = [_token_dims(*calls) for calls in zip(one, two, strict=True)]
         if self.model in _checked:
             return
         staircase = Staircase(self, runner, 1)
@@ -217,11 +208,6 @@ class Staircase:
     The catch-up rule: a layer call takes the newest token and every earlier token that is exactly as deep. So depths
     never increase from token to token, tokens of one depth are neighbours, and every token passes every layer once,
     when the keys and values of all earlier tokens are there: states and cache are those of a plain forward.
-
-    Args:
-        parts (`Layerwise`): the model.
-        runner (`ModelRunner`): its cache.
-        limit (`int`): tokens at most.
 
     Attributes:
         depths (`list[int]`): layers that each token has passed.
@@ -296,10 +282,8 @@ def watched(model: PreTrainedModel, depths: Sequence[int]) -> Iterator[dict[int,
 def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
     """Return a shallow copy of `module` with some submodules exchanged; all else is shared, and nothing is changed.
 
-    Hooks of the copied modules (those on the way to an exchanged one) are not taken along.
-
-    Args:
-        changes (`dict[int, nn.Module]`): what stands in for a submodule, by the submodule's `id`.
+    `changes` holds what stands in for a submodule, by the submodule's `id`. Hooks of the copied modules (those on the
+    way to an exchanged one) are not taken along.
     """
     if id(module) in changes:
         return changes[id(module)]

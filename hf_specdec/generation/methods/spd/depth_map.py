@@ -72,10 +72,6 @@ class DepthMap:
         """Return the features that a token gains in a stage."""
         return [f for f in self.features if self.bounds[stage] < f <= self.bounds[stage + 1]]
 
-    def of_type(self, kind: int) -> list[int]:
-        """Return the features of an aggregation type: the first `kind + 1`."""
-        return self.features[: kind + 1]
-
     def _default(self) -> list[int]:
         last = self.layers - 1
         inner = self.bounds[1:-1] if self.stages <= 4 else [round(self.layers * part / 4) for part in (1, 2, 3)]

@@ -90,7 +90,7 @@ class PipelineDraftModule(nn.Module):
     def fuse(self, kind: int, features: Features) -> torch.Tensor:
         """Return the fused states `[1, m, H]` of tokens that have the features of an aggregation type."""
         device = self.lm_head.weight.device  # stages may be on others
-        parts = [features[index].to(device) for index in self.depths.of_type(kind)]
+        parts = [features[index].to(device) for index in self.depths.features[: kind + 1]]
         return cast(torch.Tensor, self.feature_proj[kind](torch.cat(parts, dim=-1)))
 
     def run(self, fused: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
@@ -118,10 +118,7 @@ class PipelineDraftModule(nn.Module):
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:
         """Write the module, in bf16, to a folder that `SPDConfig(adapter=folder)` and `assistant_strategy=` take.
 
-        Args:
-            config (`SPDConfig`): settings to use it with.
-            model (`PreTrainedModel`): that it was made for.
-            notes: what else to record, such as how it was trained.
+        It is for use with `config` and `model`; `notes` are recorded too, such as how it was trained.
         """
         tensors = {name: value.detach().bfloat16() for name, value in self.named_parameters()}
         if self.reduced is not None:
@@ -167,10 +164,7 @@ def _fusing(kind: int, width: int) -> nn.Linear:
 class DraftReader:
     """The draft module along one text. Finished tokens stay in its cache; tokens in flight are read anew every tick.
 
-    Args:
-        module (`PipelineDraftModule`): the module.
-        parts (`Layerwise`): of the target; nothing else may record with it at the same time.
-        capacity (`int`): tokens that a text can have.
+    Nothing else may record with `parts`, the target's, at the same time.
     """
 
     def __init__(self, module: PipelineDraftModule, parts: Layerwise, capacity: int) -> None:

@@ -53,8 +53,6 @@ logger = logging.get_logger(__name__)
 _PROTOCOL = 1
 """Of the messages between ranks; ranks of unlike releases must not talk to each other."""
 
-SCHEDULES = ("auto", "serial", "threads", "dist")
-
 
 @dataclass(frozen=True)
 class SPDConfig(SpeculationConfig):
@@ -90,8 +88,7 @@ class SPDConfig(SpeculationConfig):
         counts = self.stage_layers
         if counts is not None and (not counts or any(type(count) is not int for count in counts)):
             raise ValueError(f"`stage_layers` must hold a whole number of layers per stage, got {counts!r}.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        self.check_choices(schedule=("auto", "serial", "threads", "dist"))
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"`timeout` must be above 0 and finite, got {self.timeout}.")
 

@@ -59,14 +59,7 @@ class Tick(NamedTuple):
 
 
 class Stage:
-    """The layers of one stage, with their part of the cache.
-
-    Args:
-        parts (`Layerwise`): the model.
-        depths (`DepthMap`): its stages.
-        index (`int`): of this one.
-        whole (`SpeculativeCache`): the target's cache.
-    """
+    """The layers of one stage, with their part of the target's cache."""
 
     def __init__(self, parts: Layerwise, depths: DepthMap, index: int, whole: SpeculativeCache) -> None:
         self.parts, self.index = parts, index
@@ -89,15 +82,10 @@ class Stage:
 class Pipeline(ABC):
     """The stages of one model, wherever they are.
 
-    Args:
-        depths (`DepthMap`): the stages.
-        run_all (`Callable[[list[Job]], list]`): the schedule: runs jobs that don't depend on each other, and returns
-            what they return.
-
-    Attributes:
-        parts (`Layerwise`): the model, from `prefill` on.
+    `run_all` is the schedule: it runs jobs that don't depend on each other, and returns what they return.
     """
 
+    # all from `prefill` on
     parts: Layerwise
     cache: SpeculativeCache
     last_position: int
@@ -128,7 +116,7 @@ class Pipeline(ABC):
 
 
 class LocalPipeline(Pipeline):
-    """All stages in this process; the arguments are those of `Pipeline`."""
+    """All stages in this process."""
 
     stages: list[Stage]
     waiting: list[Parcel | None]
@@ -215,14 +203,10 @@ def in_series(jobs: Sequence[Job]) -> list[Any]:
 
 
 class InThreads:
-    """Runs jobs at the same time: the first one here, each other one in a thread of its own.
+    """Runs jobs at the same time: the first one here, each other one in a thread of its own, `workers` at most.
 
     PyTorch's kernels release the interpreter's lock; everything else of a tick still takes turns. What torch keeps per
     thread, as set where this is made, is set in the workers too.
-
-    Args:
-        workers (`int`): jobs beside the first at most.
-        device (`torch.device`): whose autocast settings count.
     """
 
     def __init__(self, workers: int, device: torch.device) -> None:

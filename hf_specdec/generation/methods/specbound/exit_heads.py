@@ -20,9 +20,9 @@ from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
 from ....kernels.address import Address
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
-from ...models.layerwise import LayerCall, Layerwise, Recording, Staircase, run_layer
+from ...models.layerwise import LayerCall, Layerwise, Proxy, Recording, Staircase, run_layer
 from ...models.surgery import place_layer
-from ...models.vocabulary import InsideHead, ReducedHead
+from ...models.vocabulary import ReducedHead
 
 
 KIND = "exit_heads"
@@ -95,24 +95,20 @@ class ExitHeads(nn.Module):
     @property
     def inside(self) -> nn.Module | None:
         """The model's LM head over the tokens that can be guessed; `None` where that is the model's own."""
-        return None if self.reduced is None else InsideHead(self.reduced)
+        return None if self.reduced is None else Proxy(self.reduced, ReducedHead.reduced)
 
     def deepen(self, layer: int, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Return the output `[n, m, H]` of an exit's block.
+        """Return the output `[n, m, H]` of an exit's block for states `[n, m, H]` after `layer` layers.
 
-        Args:
-            hidden (`torch.Tensor` of shape `[n, m, H]`): states after `layer` layers.
-            before (`torch.Tensor` of shape `[n, m, H]`): the LM head's input at the token before each.
-            call (`LayerCall`): what the block's decoder layer gets beside the states.
+        `before` `[n, m, H]` is the LM head's input at the token before each, `call` what the block's decoder layer
+        gets beside the states.
         """
         return cast(_Block, self.own[str(layer)])(hidden, before, call)
 
     def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the LM head gets, `[..., H]`.
+        """Return what the LM head gets, `[..., H]`, for states `[..., H]` after `layer` layers.
 
-        Args:
-            hidden (`torch.Tensor` of shape `[..., H]`): states after `layer` layers; for kind `"block"`, what `deepen`
-                made of them.
+        For the kind `"block"` the states are what `deepen` made of them.
         """
         if self.kind == "block":
             return cast(torch.Tensor, cast(_Block, self.own[str(layer)]).norm(hidden))
@@ -138,10 +134,7 @@ class ExitHeads(nn.Module):
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:
         """Write the heads, in bf16, to a folder that `SpecBoundConfig(adapter=folder)` and `assistant_strategy=` take.
 
-        Args:
-            config (`SpecBoundConfig`): settings to use them with.
-            model (`PreTrainedModel`): that they were made for.
-            notes: what else to record, such as how they were trained.
+        They are for use with `config` and `model`; `notes` are recorded too, such as how they were trained.
         """
         tensors = {name: value.detach().bfloat16() for name, value in self.own.named_parameters()}
         if self.reduced is not None:
@@ -231,12 +224,7 @@ class ExitReader:
     A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. It reads
     tokens of the round in progress with a guess of the LM head's input before them; once verified, they are read again
     with the true one. It begins with the first token that this call runs: an earlier turn's cached ones are not in it.
-
-    Args:
-        heads (`ExitHeads`): the heads.
-        parts (`Layerwise`): the model.
-        window (`int`, *optional*): sliding window of the model's last layer, of which blocks are copies.
-        capacity (`int`): tokens that a text can have.
+    `window` is the sliding window of the model's last layer, of which blocks are copies.
     """
 
     def __init__(self, heads: ExitHeads, parts: Layerwise, window: int | None, capacity: int) -> None:

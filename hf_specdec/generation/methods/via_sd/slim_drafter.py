@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -24,10 +24,6 @@ class SlimDrafter(Drafter):
 
     Blocks follow one another until `stage_len` candidates are gathered. Each candidate comes with the exact
     distribution that it was drawn from, so whoever judges them is lossless.
-
-    Args:
-        config (`ViaSDConfig`): the settings.
-        inner (`Drafter`): what drafts.
     """
 
     def __init__(self, config: ViaSDConfig, inner: Drafter) -> None:
@@ -71,6 +67,7 @@ class SlimDrafter(Drafter):
         """Gather candidates block by block, each row until it has enough or the model should judge."""
         rooms = state.draft_room(self.config.stage_len + self.config.num_assistant_tokens)
         stages = [_Stage(room, self.config) for room in rooms]
+        rule = {"exact": self._exact, "gate": self._gate, "prefilter": self._prefilter}[self.config.lossless_rule]
         state.stats.method["stages"] += 1
         with ExitStack() as speculation:
             while any(stage.open for stage in stages):
@@ -79,7 +76,7 @@ class SlimDrafter(Drafter):
                 draft = replace(draft, counts=counts)
                 if self.config.lossless_rule != "exact" and not max(draft.counts):
                     break
-                block = self._block(state, draft)
+                block = rule(draft, self.slim.read(state, draft.tokens))
                 new = self._gather(state, draft, block, stages)
                 # as if emitted, so that what drafts and reads next sees it, until the model judges
                 speculation.enter_context(state.text.speculated(new))
@@ -104,12 +101,6 @@ class SlimDrafter(Drafter):
             method["drafter_kept"] += min(block.kept[slot], len(tokens))
         return new
 
-    def _block(self, state: DecodingState, draft: Draft) -> _Block:
-        """Let the slim verifier turn each row's drafts into candidates."""
-        slim = self.slim.read(state, draft.tokens)
-        rule = {"exact": self._exact, "gate": self._gate, "prefilter": self._prefilter}[self.config.lossless_rule]
-        return rule(draft, slim)
-
     def _exact(self, draft: Draft, slim: SlimPass) -> _Block:
         """Make candidates that follow the slim verifier's own distribution."""
         counts = draft.counts_on_device
@@ -127,16 +118,16 @@ class SlimDrafter(Drafter):
         leading = passed.long().cumprod(dim=1).sum(dim=1)
         kept, dropped = leading.tolist(), (leading < draft.counts_on_device).tolist()
         if slim.distribution is not None:
-            p = draft.full_distributions(slim.scores.shape[-1])
+            p = draft.distributions_over(slim.scores.shape[-1])
             distributions = laws.prefilter_distribution(p, slim.tiers_of_all(gate))
-        return _Block(tokens, kept, kept, slim.confidence, distributions, closed=dropped, dropped=dropped)
+        return _Block(tokens, kept, kept, slim.confidence, distributions, dropped=dropped)
 
     def _gate(self, draft: Draft, slim: SlimPass) -> _Block:
         """Make candidates by the paper's tiers: B draws anew, C closes the stage."""
         tokens, k, gate, distributions = draft.tokens, draft.tokens.shape[1], self.config.gate, None
         tier = slim.tiers_of(tokens, gate)
         if slim.distribution is not None:
-            p = draft.full_distributions(slim.scores.shape[-1])
+            p = draft.distributions_over(slim.scores.shape[-1])
             distributions = laws.gate_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(gate))
         new = torch.where(tier == REGENERATE, slim.draw(k), tokens)
         same = (new == tokens) & _real(draft)
@@ -179,9 +170,9 @@ class _Block:
         kept (`list[int]`): leading drafts among them.
         confidence (`torch.Tensor` of shape `[n, >= m]`): M at each candidate.
         distributions (`torch.Tensor` of shape `[n, >= m, V]`, *optional*): of the candidates, when sampling.
-        closed (`list[bool]`): whether the model should judge now; nowhere by default.
-        dropped (`list[bool]`): whether a dropped draft leaves a distribution after the last candidate; nowhere by
-            default.
+        closed (`list[bool]`, *optional*): whether the model should judge now; nowhere by default.
+        dropped (`list[bool]`, *optional*): whether a dropped draft leaves a distribution after the last candidate, by
+            which the model should judge now.
     """
 
     tokens: torch.Tensor
@@ -189,21 +180,12 @@ class _Block:
     kept: list[int]
     confidence: torch.Tensor
     distributions: torch.Tensor | None = None
-    closed: list[bool] = field(default_factory=list)
-    dropped: list[bool] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.closed = self.closed or [False] * len(self.counts)
-        self.dropped = self.dropped or [False] * len(self.counts)
+    closed: list[bool] | None = None
+    dropped: list[bool] | None = None
 
 
 class _Stage:
-    """One row's candidates since the model last judged.
-
-    Args:
-        room (`int`): candidates at most.
-        config (`ViaSDConfig`): the settings.
-    """
+    """One row's candidates since the model last judged, `room` at most."""
 
     def __init__(self, room: int, config: ViaSDConfig) -> None:
         self.room, self.config, self.open = room, config, room > 0
@@ -213,21 +195,20 @@ class _Stage:
     def take(self, block: _Block, slot: int, ends: list[bool], confidence: list[float]) -> list[int]:
         """Add the candidates of one slot, up to the room and an end of the text; return them.
 
-        Args:
-            ends (`list[bool]`): which of the block's tokens end the text.
-            confidence (`list[float]`): M at each.
+        `ends` says which of the block's tokens end the text, `confidence` gives M at each.
         """
         count = min(block.counts[slot], self.room - len(self.tokens))
         end = next((index + 1 for index in range(count) if ends[index]), None)
         whole = count == block.counts[slot] and end is None
         count = count if end is None else end
-        if block.distributions is not None:  # with prefilter, a dropped draft leaves its distribution
-            self.distributions += block.distributions[slot, : count + (whole and block.dropped[slot])]
+        dropped = block.dropped is not None and block.dropped[slot]
+        if block.distributions is not None:
+            self.distributions += block.distributions[slot, : count + (whole and dropped)]
         new = block.tokens[slot, :count].tolist()
         self.tokens += new
         sure = count > 0 and confidence[count - 1] >= self.config.stage_stop_conf
         short = len(self.tokens) < min(self.config.stage_len, self.room)
-        self.open = whole and sure and short and not block.closed[slot]
+        self.open = whole and sure and short and not dropped and not (block.closed and block.closed[slot])
         return new
 
 

@@ -77,12 +77,13 @@ class SlimVerifier:
     Shared, its keys and values lie where the target's will: the target's next pass writes over them, in all layers.
     """
 
+    units: Units
+    found: Slim
+    runner: ModelRunner
+    reader: Reader | None = None  # of a cache of its own
+
     def __init__(self, config: ViaSDConfig) -> None:
         self.config = config
-        self.units: Units
-        self.found: Slim
-        self.reader: Reader | None = None  # of a cache of its own
-        self.runner: ModelRunner
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Find the mask and the LoRA, and raise `ValueError` for what doesn't fit `model` or each other."""
@@ -110,40 +111,37 @@ class SlimVerifier:
 
     def _check_quality(self) -> None:
         config, agreement = self.config, self.found.calibration.get("agreement")
-        if agreement is None:
-            if config.tiered and not config.force:
-                raise ViaSDQualityError(
-                    "mode='lossy' needs a slim verifier that has been measured: calibrate one with `hf-specdec "
-                    "calibrate via_sd` and pass its folder as `adapter`, or set `force=True`."
-                )
+        if not config.tiered or config.force:
             return
-        if config.tiered and not config.force and agreement < config.min_slim_agreement:
+        if agreement is None:
+            raise ViaSDQualityError(
+                "mode='lossy' needs a slim verifier that has been measured: calibrate one with `hf-specdec calibrate "
+                "via_sd` and pass its folder as `adapter`, or set `force=True`."
+            )
+        if agreement < config.min_slim_agreement:
             raise ViaSDQualityError(
                 f"mode='lossy' needs a slim verifier that agrees with the model on `min_slim_agreement="
                 f"{config.min_slim_agreement}` of the tokens; the one of `adapter={config.adapter!r}` does on "
                 f"{agreement:.3f}. Train it further, skip less, or set `force=True`."
             )
 
-    def model(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Return the slim model, which uses the attention that `model` uses now."""
-        return slim_model(model, self.units, self.found.keep, self.found.terms)
+    def _runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
+        """Return what runs the slim model, which uses the attention that the model uses now, over `cache`."""
+        model = slim_model(state.model, self.units, self.found.keep, self.found.terms)
+        return ModelRunner(model, cache, state.longest, self.units.attentions(self.found.keep))
 
     def setup(self, state: DecodingState, capacity: int) -> None:
         """Read the prompts with the model's own attention, where there is a cache of its own."""
         self.reader = None
         if not self.shared:
-            layers = self.units.attentions(self.found.keep)
             with state.timed("prefill"):
                 cache = SpeculativeCache(state.windows, len(state.active), capacity, state.target.cache.kernels)
-                runner = ModelRunner(self.model(state.model), cache, state.longest, layers)
-                self.reader = Reader.read_prompts(state, runner)
+                self.reader = Reader.read_prompts(state, self._runner(state, cache))
             state.followers.append(self.reader)
 
     def attach(self, state: DecodingState) -> None:
         """Build the slim model again, now that the package's attention is on."""
-        cache = state.target.cache if self.reader is None else self.reader.runner.cache
-        layers = self.units.attentions(self.found.keep)
-        self.runner = ModelRunner(self.model(state.model), cache, state.longest, layers)
+        self.runner = self._runner(state, (state.target if self.reader is None else self.reader.runner).cache)
         if self.reader is not None:
             self.reader.runner = self.runner
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,32 @@ from . import laws
 from .audit import Audit, Emitted, tightened
 from .config import ViaSDConfig
 from .laws import ACCEPT, ESCALATE, REGENERATE
-from .schedule import RoundSchedule
 from .slim_drafter import SlimDrafter
 from .slim_verifier import Scored, SlimPass
+
+
+class RoundSchedule:
+    """Says of each round in turn whether it is tiered.
+
+    Args:
+        level (`float`): share of the rounds that are tiered; the others are spread evenly.
+        limit (`int`, *optional*): tokens of a row that the model has not read, from which on it has to.
+    """
+
+    def __init__(self, level: float, limit: int | None) -> None:
+        self.level, self.limit, self.rounds = level, limit, 0
+
+    def next(self, unread: Sequence[int]) -> str:
+        """Return what the next round is, for how many tokens of each row the model has not read.
+
+        It is `"tiered"`, or verified by the model: `"strict"` by the share or `"forced"` by the limit.
+        """
+        share = 1 - self.level
+        before, after = (math.floor(rounds * share + 1e-9) for rounds in (self.rounds, self.rounds + 1))
+        self.rounds += 1
+        if after > before:
+            return "strict"
+        return "forced" if self.limit is not None and max(unread) >= self.limit else "tiered"
 
 
 @dataclass
@@ -56,11 +80,6 @@ class Decision:
 
 class Tiers:
     """Rounds of tiers, for the rows of one call.
-
-    Args:
-        config (`ViaSDConfig`): the settings.
-        drafter (`SlimDrafter`): what drafts, and the slim verifier.
-        state (`DecodingState`): the call.
 
     Attributes:
         gate (`Gate`): as the audit has tightened it.
@@ -144,7 +163,7 @@ class Tiers:
             # what the processors exclude is drawn anew
             return torch.where(tier == ACCEPT, ACCEPT, REGENERATE), own
         # speculative sampling against the distribution of tiers A and B
-        p = draft.full_distributions(slim.scores.shape[-1])
+        p = draft.distributions_over(slim.scores.shape[-1])
         both = laws.coupled_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(self.gate))
         judge = torch.cat([both, slim.distribution[:, k:]], dim=1)
         verdict = acceptance.speculative_sample(tokens, draft.counts_on_device, judge, p)
