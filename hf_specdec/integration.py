@@ -78,20 +78,14 @@ def decoding_loop(
     """
     from .generation.admission import check_tokenizers
     from .generation.loop import DecodingLoop
+    from .kernels.dispatch import register
     from .resolve import resolve_strategy
 
-    _prepare_attention()
+    register()
     check_tokenizers(tokenizer, assistant_tokenizer)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     config = resolve_strategy(strategy, settings, num_assistant_tokens=num_assistant_tokens, **hub)
     return DecodingLoop(config, assistant_model=assistant_model, streamer=streamer)
-
-
-@functools.cache
-def _prepare_attention() -> None:
-    from .kernels.dispatch import register
-
-    register()
 
 
 def install() -> None:

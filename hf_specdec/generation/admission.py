@@ -18,8 +18,10 @@ _IGNORED_KWARGS = {
     "logits_to_keep",  # prepared by stock for its own prefill
     "return_dict",
 }
-_BEAM_FIELDS = {"num_beams": 1, "num_beam_groups": 1}
+_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0}
 _MODE_FIELDS = (
+    "num_beams",
+    "num_beam_groups",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
     "assistant_ensemble_weight",
@@ -28,22 +30,17 @@ _MODE_FIELDS = (
     "dola_layers",
     "constraints",
     "force_words_ids",
+    "penalty_alpha",
 )
 
 
 def conflicting_modes(generation_config: GenerationConfig) -> list[str]:
     """Return the fields of `generation_config` that ask for a stock decoding mode of their own, as `name=value`."""
     found = []
-    for name, neutral in _BEAM_FIELDS.items():
-        value = getattr(generation_config, name, None)
-        if value not in (None, neutral):
-            found.append(f"{name}={value}")
     for name in _MODE_FIELDS:
         value = getattr(generation_config, name, None)
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != _NEUTRAL.get(name):
             found.append(f"{name}={value}")
-    if getattr(generation_config, "penalty_alpha", None):
-        found.append(f"penalty_alpha={generation_config.penalty_alpha}")
     return found
 
 

@@ -16,13 +16,13 @@ from .strategy import StepResult
 
 
 class Emitter:
-    """Emits the tokens of one call, and collects processed scores and raw logits where they are wanted."""
+    """Emits the tokens of one call; if it `returns` more than them, collects the scores and logits asked for."""
 
-    def __init__(
-        self, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any, scores: bool, logits: bool
-    ) -> None:
+    def __init__(self, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any, returns: bool) -> None:
         self.state, self.criteria, self.streamer = state, criteria, streamer
-        self.collects = {"scores": scores, "logits": logits}
+        config = state.generation_config
+        wanted = {"scores": config.output_scores, "logits": config.output_logits}
+        self.collects = {name: returns and bool(asked) for name, asked in wanted.items()}
         self.collected: dict[str, list[list[torch.Tensor]]] = {
             name: [[] for _ in range(state.batch)] for name, wanted in self.collects.items() if wanted
         }

@@ -215,7 +215,7 @@ class SpeculationStrategy:
 
     def make_runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
         """Return what runs the target over `cache`."""
-        widths = sorted({1, self.config.num_assistant_tokens + 1})
+        widths = [1, self.config.num_assistant_tokens + 1]
         return programs.make_runner(self.config.compile, state.model, cache, state.longest, widths=widths)
 
     def setup(self, state: DecodingState) -> None:

@@ -1,5 +1,4 @@
-"""Training the slim verifier of VIA-SD: a LoRA on the layers that stay learns the whole model's own next-token
-distribution.
+"""Training the slim verifier of VIA-SD: a LoRA on the layers that stay learns the distribution of the whole model.
 
 PEFT makes the LoRA and writes its files. It works on a copy of the model's modules that shares the weights, so the
 model stays as it is. Every position is read by the slim model alone, which is decoding with `slim_cache="own"`.

@@ -53,18 +53,16 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.
 
 def placed(call: LayerCall, cache: Cache, step: Step, mask: Any = None) -> LayerCall:
     """Return a layer's arguments on another cache, at another step and, if given, with another mask."""
+    args = tuple(_at(value, cache, step, mask) for value in call.args)
+    return LayerCall(args, {key: _at(value, cache, step, mask) for key, value in call.kwargs.items()})
 
-    def exchange(value: Any) -> Any:
-        if isinstance(value, Cache):
-            return cache
-        if isinstance(value, Step):
-            return step
-        if mask is not None and isinstance(value, MaskSpec):
-            return mask
-        return value
 
-    args = tuple(exchange(value) for value in call.args)
-    return LayerCall(args, {key: exchange(value) for key, value in call.kwargs.items()})
+def _at(value: Any, cache: Cache, step: Step, mask: Any = None) -> Any:
+    if isinstance(value, Cache):
+        return cache
+    if isinstance(value, Step):
+        return step
+    return mask if mask is not None and isinstance(value, MaskSpec) else value
 
 
 def _states(output: Any) -> torch.Tensor:
@@ -99,7 +97,7 @@ class Layerwise:
         self._noted: list[Any] = []
         recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
-        self.norm = self._probe(base)
+        self.norm = self._probe(base, recorders)
         self._token_dims: list[Any] = []
 
     def record(self, **inputs: Any) -> Recording:
@@ -168,7 +166,7 @@ class Layerwise:
         self._noted.append((hidden_states, args, kwargs))
         return hidden_states
 
-    def _probe(self, base: nn.Module) -> nn.Sequential:
+    def _probe(self, base: nn.Module, recorders: nn.ModuleList) -> nn.Sequential:
         """Find what follows the layers, by watching a forward without layers."""
         after: list[tuple[nn.Module, Any, Any]] = []
 
@@ -178,7 +176,6 @@ class Layerwise:
                 after.append((module, args[0] if args else None, output))
             return output
 
-        recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         outside = {id(module): Proxy(module, watch) for module in _beside(base, self.layers)}
         watched = cast(Callable[..., Any], exchanged(base, {**outside, id(self.layers): recorders}))
         self._noted.clear()
@@ -349,10 +346,6 @@ def _token_dims(one: Any, two: Any) -> Any:
 def _joined(parts: Sequence[Any], dims: Any, cache: Cache, step: Step) -> Any:
     """Join the same argument of several recordings; what does not depend on the token is taken from the last."""
     last = parts[-1]
-    if isinstance(last, Cache):
-        return cache
-    if isinstance(last, Step):
-        return step
     if isinstance(last, torch.Tensor) and dims is not None and len(parts) > 1:
         return step.joined(dims, *parts)
     if isinstance(last, dict):
@@ -360,4 +353,4 @@ def _joined(parts: Sequence[Any], dims: Any, cache: Cache, step: Step) -> Any:
     if isinstance(last, tuple):
         joined = [_joined([p[i] for p in parts], dims[i], cache, step) for i in range(len(last))]
         return type(last)(*joined) if hasattr(last, "_fields") else tuple(joined)
-    return last
+    return _at(last, cache, step)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from hf_specdec.generation.methods.via_sd.audit import Audit, tightened
-from hf_specdec.generation.methods.via_sd.laws import ACCEPT, ESCALATE, REGENERATE, Gate
-from hf_specdec.generation.methods.via_sd.slim_verifier import Scored
+from hf_specdec.generation.methods.via_sd.laws import ACCEPT, ESCALATE, REGENERATE, Gate, Scored
 from hf_specdec.generation.methods.via_sd.tiers import RoundSchedule, _common, _decided
 
 

@@ -19,7 +19,7 @@ from ...models.layerwise import Layerwise
 from ...runner import Forward, ModelRunner
 from ...state import DecodingState
 from .draft_module import Features
-from .pipeline import Job, Parcel, Pipeline, Stage, Tick, make_parcel
+from .pipeline import Job, Parcel, Stage, Tick, make_parcel
 from .ranks import HIDDEN, PROMPT, REPORT, STOP, TICK, Message, Order, Ranks
 
 
@@ -106,18 +106,17 @@ class _Site:
         return self.ranks.receive(self.shape(states), self.dtype, self.ranks.owner(stage), REPORT)
 
     def parcel(self, inputs: dict[str, torch.Tensor], start: int, own: bool = False) -> Parcel:
-        """Return tokens ready for this rank's stage (see `make_parcel`)."""
-        cache, last = cast(Stage, self.stage).cache, self.runner.last_position
-        given = {name: values.to(self.embedding.device) for name, values in inputs.items()}
-        return make_parcel(self.parts, given, start, cache, last, own_attention=own)
+        """Return tokens ready for this rank's stage (see `make_parcel`), perhaps for the model's own attention."""
+        return make_parcel(self.parts, self.runner, inputs, start, cast(Stage, self.stage).cache, own)
 
 
-class RankedPipeline(Pipeline):
+class RankedPipeline:
     """The stages on their ranks, as the controlling rank sees them, which runs the draft module and its own stage."""
 
+    parts: Layerwise  # from `prefill` on
+
     def __init__(self, ranks: Ranks, run_all: Callable[[Sequence[Job]], list[Any]]) -> None:
-        super().__init__(ranks.depths, run_all)
-        self.ranks = ranks
+        self.ranks, self.depths, self.run_all = ranks, ranks.depths, run_all
         self.site: _Site
         self._start_over(None)
 
@@ -146,7 +145,7 @@ class RankedPipeline(Pipeline):
             for features in gained:
                 for index, states in features.items():
                     found[index].append(states)
-        self.parts, self.cache, self.last_position = site.parts, state.target.cache, state.target.last_position
+        self.parts = site.parts
         tokens = state.text.tokens[state.active, : state.committed[0]]
         features = {index: torch.cat(states, dim=1) for index, states in found.items()}
         features[0] = self.parts.record_at(state.target, tokens, 0).hidden
@@ -155,7 +154,7 @@ class RankedPipeline(Pipeline):
 
     def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Name the token that the first stage is to embed; return its state at depth 0, `[1, 1, H]`."""
-        self.entered = self._embedded(token, position)
+        self.entered = make_parcel(self.parts, self.site.runner, {"input_ids": token}, position)
         self.order.token, self.order.positions[0] = int(token), position
         return self.entered.hidden
 

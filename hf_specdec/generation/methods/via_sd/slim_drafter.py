@@ -8,26 +8,44 @@ from typing import cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ....cache.speculative import SpeculativeCache
 from ....kernels.request import ForwardRequest
 from ... import acceptance
+from ...drafting import Reader
+from ...runner import ModelRunner
 from ...state import DecodingState
 from ...strategy import Draft, Drafter
 from . import laws
 from .config import LONGEST_DRAFT, ViaSDConfig
-from .laws import ACCEPT, ESCALATE, REGENERATE
-from .slim_verifier import SlimPass, SlimVerifier
+from .laws import ACCEPT, ESCALATE, REGENERATE, SlimPass
+from .slim_model import Slim, Units, load_slim, slim_model
+
+
+logger = logging.get_logger(__name__)
+
+
+class ViaSDQualityError(ValueError):
+    """The slim verifier is not known to be good enough for the lossy mode."""
 
 
 class SlimDrafter(Drafter):
     """Drafts in two tiers, for lossless verification: the slim verifier turns a drafter's blocks into candidates.
 
     Blocks follow one another until `stage_len` candidates are gathered. Each candidate comes with the exact
-    distribution that it was drawn from, so whoever judges them is lossless.
+    distribution that it was drawn from, so whoever judges them is lossless. The slim verifier reads over the target's
+    cache or one of its own. Shared, its keys and values lie where the target's will: the target's next pass writes
+    over them, in all layers.
     """
 
+    units: Units
+    found: Slim
+    runner: ModelRunner
+    reader: Reader | None = None  # of a cache of its own
+
     def __init__(self, config: ViaSDConfig, inner: Drafter) -> None:
-        self.config, self.inner, self.slim = config, inner, SlimVerifier(config)
+        self.config, self.inner = config, inner
         if config.num_assistant_tokens_schedule == "heuristic" and inner.limit is None:
             raise ValueError(
                 "`num_assistant_tokens_schedule='heuristic'` needs a drafter whose drafts may change in number: an "
@@ -35,23 +53,69 @@ class SlimDrafter(Drafter):
             )
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Load drafter, mask and adapter."""
+        """Load drafter, mask and LoRA, and raise `ValueError` for what doesn't fit `model` or each other."""
         self.inner.prepare(model)
-        self.slim.prepare(model)
+        config = self.config
+        if config.adapter is not None:
+            known = load_slim(model, config.adapter)
+            self.units = Units(model, known.granularity)
+        else:
+            self.units = Units(model, "layer")
+            known = Slim("layer", self.units.even(), {})
+            logger.warning_once(
+                f"VIA-SD has no mask for {type(model).__name__} and leaves out evenly spaced layers, which is far "
+                "from the best choice: search one with `hf-specdec calibrate via_sd`."
+            )
+        self.units.check(known.keep)
+        # what is known of the mask was measured in one cache mode, which is the one to decode in
+        wanted = config.slim_cache or known.cache_mode or known.calibration.get("slim_cache", "shared")
+        if known.cache_mode is not None and wanted != known.cache_mode:
+            raise ValueError(
+                f"`slim_cache={wanted!r}` does not fit `adapter={config.adapter!r}`, which was trained for "
+                f"{known.cache_mode!r}."
+            )
+        self.found, self.shared = known, wanted == "shared"
+        self._check_quality()
+
+    def _check_quality(self) -> None:
+        config, agreement = self.config, self.found.calibration.get("agreement")
+        if not config.tiered or config.force:
+            return
+        if agreement is None:
+            raise ViaSDQualityError(
+                "mode='lossy' needs a slim verifier that has been measured: calibrate one with `hf-specdec calibrate "
+                "via_sd` and pass its folder as `adapter`, or set `force=True`."
+            )
+        if agreement < config.min_slim_agreement:
+            raise ViaSDQualityError(
+                f"mode='lossy' needs a slim verifier that agrees with the model on `min_slim_agreement="
+                f"{config.min_slim_agreement}` of the tokens; the one of `adapter={config.adapter!r}` does on "
+                f"{agreement:.3f}. Train it further, skip less, or set `force=True`."
+            )
+
+    def _runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
+        """Return what runs the slim model, which uses the attention that the model uses now, over `cache`."""
+        model = slim_model(state.model, self.units, self.found.keep, self.found.terms)
+        return ModelRunner(model, cache, state.longest, self.units.attentions(self.found.keep))
 
     def setup(self, state: DecodingState) -> None:
-        """Prepare both tiers."""
+        """Prepare both tiers; where the slim verifier has a cache of its own, it reads the prompts now."""
         self.inner.setup(state)
-        self.slim.setup(state, state.longest + self.config.num_assistant_tokens + 1)
-        slim = self.slim
+        self.reader = None
+        if not self.shared:  # with the model's own attention
+            with state.timed("prefill"):
+                capacity = state.longest + self.config.num_assistant_tokens + 1
+                cache = SpeculativeCache(state.windows, len(state.active), capacity, state.target.cache.kernels)
+                self.reader = Reader.read_prompts(state, self._runner(state, cache))
+            state.followers.append(self.reader)
         state.stats.method.update(
             slim_forwards=0,
             drafter_tokens=0,
             drafter_kept=0,
             candidates=0,
             stages=0,
-            slim_cache="shared" if slim.shared else "own",
-            skipped_share=slim.units.share(slim.found.keep),
+            slim_cache="shared" if self.shared else "own",
+            skipped_share=self.units.share(self.found.keep),
         )
 
     def prefill_request(self, state: DecodingState) -> ForwardRequest:
@@ -59,9 +123,27 @@ class SlimDrafter(Drafter):
         return self.inner.prefill_request(state)
 
     def prefill(self, state: DecodingState) -> None:
-        """Let both tiers read the prompts."""
+        """Let the drafter read the prompts, and build the slim model again, now that the package's attention is on."""
         self.inner.prefill(state)
-        self.slim.attach(state)
+        self.runner = self._runner(state, (state.target if self.reader is None else self.reader.runner).cache)
+        if self.reader is not None:
+            self.reader.runner = self.runner
+
+    def read(self, state: DecodingState, drafts: torch.Tensor) -> SlimPass:
+        """Run the slim model over each of the drafts `[n, k]`; m is k + 1, the last entry is about what follows."""
+        if self.reader is None:
+            tokens, starts = state.pending, [count - 1 for count in state.committed]
+        else:
+            tokens, starts = self.reader.unread(state, drafts[:, :0], [0] * len(state.active))
+        tokens = torch.cat([tokens, drafts], dim=1)
+        state.stats.method["slim_forwards"] += 1
+        output = self.runner.forward(tokens, starts)
+        if self.reader is not None:
+            self.reader.known = [start + tokens.shape[1] for start in starts]
+        logits = output.logits[:, -drafts.shape[1] - 1 :].to(state.device)
+        scores = state.process(logits, drafts)
+        distribution = state.distribution(scores) if state.do_sample else None
+        return SlimPass(logits, scores, distribution, *laws.slim_ratio(logits))
 
     def propose(self, state: DecodingState) -> Draft:
         """Gather candidates block by block, each row until it has enough or the model should judge."""
@@ -76,7 +158,7 @@ class SlimDrafter(Drafter):
                 draft = replace(draft, counts=counts)
                 if self.config.lossless_rule != "exact" and not max(draft.counts):
                     break
-                block = rule(draft, self.slim.read(state, draft.tokens))
+                block = rule(draft, self.read(state, draft.tokens))
                 new = self._gather(state, draft, block, stages)
                 # as if emitted, so that what drafts and reads next sees it, until the model judges
                 speculation.enter_context(state.text.speculated(new))
@@ -153,7 +235,8 @@ class SlimDrafter(Drafter):
     def commit(self, state: DecodingState) -> None:
         """Let both tiers take note of the text."""
         self.inner.commit(state)
-        self.slim.commit(state)
+        if self.reader is not None:
+            self.reader.commit(state)
 
     def close(self, state: DecodingState) -> None:
         """Release what the inner drafter took."""
@@ -162,25 +245,15 @@ class SlimDrafter(Drafter):
 
 @dataclass
 class _Block:
-    """What the slim verifier made of one block, per row.
+    """What the slim verifier made of one block, per row."""
 
-    Args:
-        tokens (`torch.Tensor` of shape `[n, m]`): candidates,
-        counts (`list[int]`): how many of them are real.
-        kept (`list[int]`): leading drafts among them.
-        confidence (`torch.Tensor` of shape `[n, >= m]`): M at each candidate.
-        distributions (`torch.Tensor` of shape `[n, >= m, V]`, *optional*): of the candidates, when sampling.
-        closed (`list[bool]`, *optional*): whether the model should judge now; nowhere by default.
-        dropped (`list[bool]`, *optional*): whether a dropped draft leaves a distribution after the last candidate, by
-            which the model should judge now.
-    """
-
-    tokens: torch.Tensor
-    counts: list[int]
-    kept: list[int]
-    confidence: torch.Tensor
-    distributions: torch.Tensor | None = None
-    closed: list[bool] | None = None
+    tokens: torch.Tensor  # candidates `[n, m]`
+    counts: list[int]  # how many of them are real
+    kept: list[int]  # leading drafts among them
+    confidence: torch.Tensor  # M at each candidate, `[n, >= m]`
+    distributions: torch.Tensor | None = None  # of the candidates, `[n, >= m, V]`, when sampling
+    closed: list[bool] | None = None  # whether the model should judge now; nowhere by default
+    # the same, because a draft was dropped, which leaves its distribution after the last candidate
     dropped: list[bool] | None = None
 
 

@@ -16,9 +16,8 @@ from ...strategy import Draft, StepResult
 from . import laws
 from .audit import Audit, Emitted, tightened
 from .config import ViaSDConfig
-from .laws import ACCEPT, ESCALATE, REGENERATE
+from .laws import ACCEPT, ESCALATE, REGENERATE, Scored, SlimPass
 from .slim_drafter import SlimDrafter
-from .slim_verifier import Scored, SlimPass
 
 
 class RoundSchedule:
@@ -130,7 +129,7 @@ class Tiers:
 
     def _decide(self, state: DecodingState, draft: Draft) -> list[Decision]:
         """Decide each row's drafts by the slim verifier, up to where the model has to."""
-        slim = self.drafter.slim.read(state, draft.tokens)
+        slim = self.drafter.read(state, draft.tokens)
         tier, own = self._tiers(state, draft, slim)
         given = torch.ones_like(draft.tokens, dtype=torch.float32)
         if draft.distributions is not None:
