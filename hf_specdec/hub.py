@@ -114,8 +114,6 @@ def check_folder(folder: Path) -> list[str]:
         FileNotFoundError: if the config, or a file that it names, is not there.
         ValueError: for settings that don't load, and for weights that they don't name or of another format.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(folder)!r} is no folder; push one that `save_pretrained` or a training wrote.")
     named = artefacts.files_of(artefacts.read_values(folder), folder, only_inside=True)
     artefacts.check_files(folder, named)
     for name in named:
@@ -163,6 +161,3 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise OSError(f"Nothing was uploaded to the Hub repository {repo_id!r}. {advice} ({error})") from error
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         raise OSError(f"The Hub was not reached, so nothing was uploaded to {repo_id!r}: {error}") from error
-
-
-# with a model

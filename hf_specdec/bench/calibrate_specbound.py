@@ -95,9 +95,7 @@ class Replayed:
 
 
 @torch.no_grad()
-def trace_exits(
-    model: PreTrainedModel, heads: ExitHeads, text: torch.Tensor, prompt: int, alphas: Sequence[float] = ALPHAS
-) -> Trace:
+def trace_exits(model: PreTrainedModel, heads: ExitHeads, text: torch.Tensor, prompt: int) -> Trace:
     """Return what the exits say along the answer of a text `[1, T]` that the model wrote after `prompt` tokens."""
     parts = Layerwise(model)
     depth, ids = len(parts.layers), text[:, :-1]
@@ -115,7 +113,7 @@ def trace_exits(
             inputs = heads.head_input(layer, hidden)
             logits = heads.score(layer, inputs[0, answer]).float()
             trace.hits[layer, step] = (heads.tokens(logits.argmax(dim=-1)) == wanted).tolist()
-            for alpha in alphas:
+            for alpha in ALPHAS:
                 scale = SpecBoundConfig(alpha=alpha).temperature(layer, depth, True)
                 trace.confidence[layer, step, alpha] = annealed_confidence(logits, scale).tolist()
     return trace
@@ -151,7 +149,9 @@ def replay(
                     break
                 passed.append(exit_at)
             difficult = right and len(passed) < room
-            spent += costs.round + costs.token * (len(passed) + 1) + _deep_pass(tuple(passed), depth, costs)
+            spent += costs.round + costs.token * (len(passed) + 1)
+            spent += _layer_times(tuple(passed), depth, tuple(costs.layer))
+            spent += costs.head[min(len(passed), len(costs.head) - 1)]
             spent += costs.test * (sum(_tests(exits, exit_at) for exit_at in passed) + len(exits) * difficult)
             if not right:  # what follows a wrong draft is not known
                 spent += further * sum(share**place for place in range(1, room - len(passed) + 1))
@@ -179,13 +179,9 @@ def _tests(exits: Sequence[int], exit_at: int) -> int:
     return exits.index(exit_at) + 1
 
 
-def _deep_pass(passed: tuple[int, ...], depth: int, costs: Costs) -> float:
-    """Return the time of all layer calls and the head of a round whose drafts left at the depths `passed`."""
-    return _layer_times(passed, depth, tuple(costs.layer)) + costs.head[min(len(passed), len(costs.head) - 1)]
-
-
 @functools.cache
 def _layer_times(passed: tuple[int, ...], depth: int, layer: tuple[float, ...]) -> float:
+    """Return the time of all layer calls of a round whose drafts left at the depths `passed`."""
     depths: list[int] = []
     spent = 0.0
     for goal in (*passed, depth):  # the last token takes all with it

@@ -157,7 +157,7 @@ def _tokens(rate: float, drafts: float) -> float:
     return drafts + 1 if rate >= 1 else (1 - rate ** (drafts + 1)) / (1 - rate)
 
 
-def costs_by_bytes(layers: float, head: float, skipped: float, draft: float, overhead: float = 0.0) -> Costs:
+def costs_by_bytes(layers: float, head: float, skipped: float, draft: float) -> Costs:
     """Return the costs of a device that is bound by reading weights, in parameters (or bytes) of one unit.
 
     Args:
@@ -165,10 +165,9 @@ def costs_by_bytes(layers: float, head: float, skipped: float, draft: float, ove
         head (`float`): its LM head.
         skipped (`float`): share of the layers that the slim verifier leaves out.
         draft (`float`): the drafter, head included.
-        overhead (`float`, *optional*, defaults to 0.0): of a forward, as a share of a plain token.
     """
     whole = layers + head
-    return Costs(draft / whole, [(layers * (1 - skipped) + head) / whole], [1.0], overhead)
+    return Costs(draft / whole, [(layers * (1 - skipped) + head) / whole])
 
 
 @torch.no_grad()
@@ -218,7 +217,6 @@ def measure_rates(
     gate: laws.Gate,
     *,
     sampling: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> Rates:
     """Measure acceptance along the answers of the scorer's texts, which the model wrote.
 
@@ -249,7 +247,6 @@ def measure_rates(
             shares += [(of_draft == kind).sum() for kind in range(3)]
         delta = margin_cost(q, p).sum() - margin_cost(s, p).sum() - margin_cost(q, s).sum()
         sums += torch.stack([*shares, delta]).double().cpu()
-        progress("rates")
     a, inner, outer, *tiers, delta = (sums / sum(len(t) for t in scorer.teacher)).tolist()
     return Rates(a, inner, outer, (tiers[0], tiers[1], tiers[2]), delta)
 

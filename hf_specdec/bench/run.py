@@ -259,16 +259,9 @@ def merge(groups: Sequence[Sequence[Measurement]]) -> list[Measurement]:
 
 
 _MEANS = (
-    "ms_per_token",
-    "acceptance",
-    "draft_ms",
-    "verify_ms",
-    "select_ms",
-    "drafts",
-    "modelled",
-    "forwards",
+    "ms_per_token", "acceptance", "draft_ms", "verify_ms", "select_ms", "drafts", "modelled", "forwards",
     "same_tokens",
-)
+)  # fmt: skip
 
 
 def _total(counters: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -89,10 +89,9 @@ def load_smollm2(
     """Load SmolLM2-135M-Instruct in evaluation mode, with its tokenizer.
 
     Args:
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
-            Type of the weights. They are stored in bf16, so that wider types hold exactly the same model.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-            Where the model is put.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of the weights. They are stored in bf16, so
+            that wider types hold exactly the same model.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the model is put.
 
     Returns:
         `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model, and a tokenizer that pads on the left.

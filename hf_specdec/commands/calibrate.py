@@ -198,7 +198,8 @@ def calibrate_via_sd_command(
     chosen, cache = _spread(found, 2 * texts, settings.window), settings.slim_cache
     units = Units(loaded, settings.granularity)
     searched, held_out = (
-        SlimScorer(loaded, part, units, settings.window, cache) for part in (chosen[::2], chosen[1::2])
+        SlimScorer(loaded, part, units, settings.window, cache, (settings.alpha, settings.beta))
+        for part in (chosen[::2], chosen[1::2])
     )
     keep = _searched(searched, settings, save, resume)
     figures = held_out.report(keep)

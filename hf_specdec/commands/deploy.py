@@ -101,18 +101,10 @@ def serve(
         if not isinstance(settings, dict):
             raise ValueError(f"`--strategy-config` must be a JSON object, got {strategy_config!r}.")
     options = {
-        "host": host,
-        "port": port,
-        "device": device,
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "quantization": quantization,
-        "chat_template_kwargs": chat_template_kwargs,
-        "reasoning": reasoning.value,
-        "trust_remote_code": trust_remote_code,
-        "enable_cors": enable_cors,
-        "default_seed": default_seed,
+        "host": host, "port": port, "device": device, "dtype": dtype, "attn_implementation": attn_implementation,
+        "quantization": quantization, "chat_template_kwargs": chat_template_kwargs, "reasoning": reasoning.value,
+        "trust_remote_code": trust_remote_code, "enable_cors": enable_cors, "default_seed": default_seed,
         "log_level": log_level.value,
-    }
+    }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     serving.serve(model, strategy=strategy, strategy_config=settings, assistant=assistant, **given)

@@ -31,7 +31,7 @@ from ..generation.runner import head_input
 from .data import Sampling, answers
 from .distill import Report, plain, read_checkpoint, write_checkpoint
 from .rewards import Reward
-from .settings import option
+from .settings import at_least, option
 from .tasks import Score, evaluate, prompt_ids
 
 
@@ -75,9 +75,8 @@ class DiversedTraining:
     seed: int = option(0, "Of order and sampling.")
 
     def __post_init__(self) -> None:
-        for name, least in (("updates", 1), ("prompts_per_update", 1), ("samples", 2), ("evaluate_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        at_least(self, 1, "updates", "prompts_per_update", "evaluate_every")
+        at_least(self, 2, "samples")
         if not self.accept_coefs or min(self.accept_coefs) < 0:
             raise ValueError(f"`accept_coefs` must be one or more numbers of at least 0, got {self.accept_coefs}.")
         if not self.sampling.temperature:
