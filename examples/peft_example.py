@@ -42,7 +42,9 @@ def main(
         stock, out = lora.generate(**options), lora.generate(**options, assistant_strategy=strategy)
         same = torch.equal(stock.sequences, out.sequences)
         typer.echo(f"{name}: {tokenizer.decode(out.sequences[0], skip_special_tokens=True)!r}")
-        typer.echo(f"  stock's text: {'yes' if same else 'no'}; {out.speculation.acceptance_rate:.0%} accepted")
+        stats = out.speculation
+        drafts = "nothing drafted" if stats is None else f"{stats.acceptance_rate:.0%} accepted"
+        typer.echo(f"  stock's text: {'yes' if same else 'no'}; {drafts}")
 
     show("adapter on")
     with lora.disable_adapter():

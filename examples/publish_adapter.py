@@ -31,7 +31,10 @@ def try_out(repo: str, model: str, prompt: str, new_tokens: int) -> None:
         return_dict_in_generate=True,
     )
     typer.echo(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-    typer.echo(f"{out.speculation.strategy}: {out.speculation.acceptance_rate:.0%} of drafts accepted")
+    stats = out.speculation
+    typer.echo(
+        "nothing drafted" if stats is None else f"{stats.strategy}: {stats.acceptance_rate:.0%} of drafts accepted"
+    )
 
 
 def main(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # for type checkers; at run time `__getattr__` imports what i
     from .generation.methods.specbound.method import SpecBoundConfig as SpecBoundConfig
     from .generation.methods.vegas import VegasConfig as VegasConfig
     from .generation.methods.via_sd.config import ViaSDConfig as ViaSDConfig
-    from .generation.methods.via_sd.slim_verifier import ViaSDQualityError as ViaSDQualityError
+    from .generation.methods.via_sd.slim_drafter import ViaSDQualityError as ViaSDQualityError
     from .generation.models.adapters import unload as unload
     from .generation.models.draft_model import load_draft as load_draft
     from .generation.stats import SpeculationOutput as SpeculationOutput
@@ -47,7 +47,7 @@ _EXPORTS = {
     "SpeculationConfig": "configuration",
     "SpeculationOutput": "generation.stats",
     "SpeculationStats": "generation.stats",
-    "ViaSDQualityError": "generation.methods.via_sd.slim_verifier",
+    "ViaSDQualityError": "generation.methods.via_sd.slim_drafter",
     "decoding_loop": "integration",
     "install": "integration",
     "load_draft": "generation.models.draft_model",

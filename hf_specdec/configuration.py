@@ -74,6 +74,14 @@ class SpeculationConfig:
     def validate(self) -> None:
         """Raise `ValueError` for a value that is not allowed; the types have been checked already."""
 
+    def check_choices(self, **allowed: tuple[str | None, ...]) -> None:
+        """Raise `ValueError` for a field that has another value than those allowed by its name."""
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(str, values))}, got {getattr(self, name)!r}."
+                )
+
     @property
     def lossless(self) -> bool:
         """Whether the output's distribution is the model's own under these settings."""
@@ -82,7 +90,7 @@ class SpeculationConfig:
     @property
     def brings_drafter(self) -> bool:
         """Whether these settings name what drafts, so that a method that drafts with an assistant needs none."""
-        return False
+        return getattr(self, "drafter", None) is not None
 
     @classmethod
     def has_field(cls, name: str) -> bool:
@@ -256,9 +264,6 @@ def load_config(folder: Path) -> SpeculationConfig:
     """Return the settings saved in `folder`, of the class that they name; the only way from a folder to a config.
 
     An adapter that lies beside the settings becomes the value of their field `adapter`.
-
-    Args:
-        folder (`Path`): as `artefacts.locate` returns it.
 
     Raises:
         FileNotFoundError: if the folder holds no settings.

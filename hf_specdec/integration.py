@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,19 +32,6 @@ logger = logging.get_logger(__name__)
 
 _OFF = "off"
 _FIELDS = ("assistant_strategy", "assistant_strategy_config")
-_POSITIONAL = (
-    "inputs",
-    "generation_config",
-    "logits_processor",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "synced_gpus",
-    "assistant_model",
-    "streamer",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-    "custom_generate",
-)
 _MARK = "_hf_specdec_original"
 _TAKEN = ("assistant_model", "assistant_tokenizer", "tokenizer")
 _UNSUPPORTED_FIELDS = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": None}
@@ -90,20 +78,14 @@ def decoding_loop(
     """
     from .generation.admission import check_tokenizers
     from .generation.loop import DecodingLoop
+    from .kernels.dispatch import register
     from .resolve import resolve_strategy
 
-    _prepare_attention()
+    register()
     check_tokenizers(tokenizer, assistant_tokenizer)
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     config = resolve_strategy(strategy, settings, num_assistant_tokens=num_assistant_tokens, **hub)
     return DecodingLoop(config, assistant_model=assistant_model, streamer=streamer)
-
-
-@functools.cache
-def _prepare_attention() -> None:
-    from .kernels.dispatch import register
-
-    register()
 
 
 def install() -> None:
@@ -140,14 +122,7 @@ def uninstall() -> None:
 
 
 def generate_with(strategy: str | SpeculationConfig, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Do what `model.generate(*args, assistant_strategy=strategy, **kwargs)` does, wrapper or not.
-
-    Args:
-        strategy (`str` or `SpeculationConfig`): what `assistant_strategy` would be.
-        model (`PreTrainedModel`): the target.
-        args: what `generate()` takes by position.
-        kwargs: what `generate()` takes by keyword.
-    """
+    """Do what `model.generate(*args, assistant_strategy=strategy, **kwargs)` does, wrapper or not."""
     original = getattr(GenerationMixin.generate, _MARK, GenerationMixin.generate)
     return _generate(original, model, args, {**kwargs, "assistant_strategy": strategy})
 
@@ -186,7 +161,8 @@ class _Call:
     @classmethod
     def read(cls, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         """Read the arguments: keyword over the call's generation config over the model's."""
-        keywords = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+        keywords = {**dict(zip(names, args, strict=False)), **kwargs}
         strategy, own = (keywords.pop(name, None) for name in _FIELDS)
         if own is not None and not isinstance(own, dict):
             raise TypeError(f"`assistant_strategy_config` must be a dict, got {type(own).__name__}.")

@@ -18,7 +18,7 @@ import families
 import pytest
 
 from hf_specdec.generation.methods.spd import method as spd
-from hf_specdec.generation.methods.via_sd import slim_verifier
+from hf_specdec.generation.methods.via_sd import slim_drafter
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +39,7 @@ def named_adapters():
     """Adapters with a name of `families` are no files: a noisy copy of the model guesses for SPD, VIA-SD has masks."""
     patch = pytest.MonkeyPatch()
     patch.setattr(spd, "load_draft_module", families.load_oracle)
-    patch.setattr(slim_verifier, "load_slim", families.load_mask)
+    patch.setattr(slim_drafter, "load_slim", families.load_mask)
     yield
     patch.undo()
 

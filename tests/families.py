@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from hf_specdec import SpeculationConfig
 from hf_specdec.generation.methods.spd.depth_map import DepthMap
 from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule, load_draft_module
-from hf_specdec.generation.methods.via_sd.slim_model import Slim, load_slim
+from hf_specdec.generation.methods.via_sd.slim_model import Slim, load_slim, save_slim
 from hf_specdec.generation.models import adapters
 from hf_specdec.registry import preset, strategy_class
 
@@ -205,6 +205,16 @@ def load_mask(model: PreTrainedModel, name: str) -> Slim:
         return load_slim(model, name)
     _, granularity, keep = name.split(" ")
     return Slim(granularity, [kept == "1" for kept in keep], {})
+
+
+def with_files(config: SpeculationConfig, model: PreTrainedModel, folder: Path) -> SpeculationConfig:
+    """Return the settings with their mask, if they have one, in a folder."""
+    name = getattr(config, "adapter", None) or ""
+    if not name.startswith(MASK + " "):
+        return config
+    slim = load_mask(model, name)
+    save_slim(folder, model, slim.keep, slim.granularity)
+    return config.override(adapter=str(folder))
 
 
 def extras(strategy: str, assistant: PreTrainedModel) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_specdec  # noqa: F401  adds assistant_strategy= to generate()
+import hf_specdec  # also adds assistant_strategy= to generate()
 from hf_specdec.commands import main as cli
 from hf_specdec.texts import chat_ids, load_prompts
 
@@ -87,21 +87,21 @@ def try_out(model: str, prompts: Path, new_tokens: int, options: Callable[[Any],
     tokenizer = AutoTokenizer.from_pretrained(model)
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     keywords, chats = options(loaded), load_prompts(prompts)[:HELD_OUT]
-    drafted, accepted, same, lengths = 0, 0, 0, []
+    same, stats = 0, list[Any]()
     for turns in chats:
         ids = torch.tensor([chat_ids(tokenizer, turns)])
         call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False}
-        out = loaded.generate(ids, return_dict_in_generate=True, **call, **keywords)
-        same += torch.equal(out.sequences, loaded.generate(ids, **call))
-        drafted += out.speculation.num_draft_tokens
-        accepted += out.speculation.num_accepted_tokens
-        lengths += [length for row in out.speculation.accept_lengths for length in row]
+        with hf_specdec.on_speculation(stats.append):
+            sequences = loaded.generate(ids, **call, **keywords)
+        same += torch.equal(sequences, loaded.generate(ids, **call))
+    accepted, drafted = (sum(getattr(each, f"num_{kind}_tokens") for each in stats) for kind in ("accepted", "draft"))
+    lengths = [length for each in stats for row in each.accept_lengths for length in row]
     found = {
-        "strategy": out.speculation.strategy,
+        "strategy": stats[-1].strategy,
         "acceptance": accepted / max(drafted, 1),
         "tokens_per_step": sum(lengths) / max(len(lengths), 1),
         "texts_like_stock": same / len(chats),
     }
-    typer.echo(f"\n{tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)}\n")
+    typer.echo(f"\n{tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True)}\n")
     typer.echo(json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in found.items()}))
     return found

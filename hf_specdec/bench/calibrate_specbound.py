@@ -65,9 +65,9 @@ class Trace:
     The two differ for blocks, which read a guess before a draft and the truth before the pending token.
 
     Args:
-        hits (`dict[tuple[int, int], list[bool]]`): by depth and step, for each position, whether the most likely word
+        hits (`dict[tuple[int, int], list[bool]]`): by depth and step, for each position, whether the most likely token
             is the text's next token.
-        confidence (`dict[tuple[int, int, float], list[float]]`): by depth, step and alpha, that word's.
+        confidence (`dict[tuple[int, int, float], list[float]]`): by depth, step and alpha, that token's.
     """
 
     hits: dict[tuple[int, int], list[bool]]
@@ -154,7 +154,7 @@ def replay(
             spent += costs.head[min(len(passed), len(costs.head) - 1)]
             spent += costs.test * (sum(_tests(exits, exit_at) for exit_at in passed) + len(exits) * difficult)
             if not right:  # what follows a wrong draft is not known
-                spent += further * sum(share**place for place in range(1, room - len(passed) + 1))
+                spent += further * sum(share**more for more in range(1, room - len(passed) + 1))
             kept = len(passed) - (not right)
             rounds, tokens, accepted = rounds + 1, tokens + kept + 1, accepted + kept
             drafted, depths, at = drafted + len(passed), depths + sum(passed), at + kept + 1

@@ -48,12 +48,9 @@ def _leading(keep: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def greedy_match(drafts: torch.Tensor, counts: torch.Tensor, choices: torch.Tensor) -> Verdict:
-    """Accept drafts while they equal the target's own choices.
+    """Accept drafts while they equal the target's own choices `[n, k + 1]`, int64.
 
-    Args:
-        drafts (`torch.Tensor` of shape `[n, k]`, int64): draft tokens.
-        counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
-        choices (`torch.Tensor` of shape `[n, k + 1]`, int64): the target's choice at each position.
+    The other arguments are those of `speculative_sample`.
     """
     accepted = _leading(drafts == choices[:, :-1], counts)
     return _assemble(drafts, accepted, choices.gather(1, accepted[:, None])[:, 0])
@@ -64,11 +61,7 @@ def acceptance_probability(
 ) -> torch.Tensor:
     """Return the probability `[n, k]` that each draft token is accepted, given that the ones before it were.
 
-    Args:
-        drafts (`torch.Tensor` of shape `[n, k]`, int64): draft tokens.
-        target (`torch.Tensor` of shape `[n, k + 1, V]` or `[n, k, V]`, float32): `p`.
-        draft (`torch.Tensor` of shape `[n, >= k, V]`, float32, *optional*): `q`; `None` for point masses.
-        weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`; `None` for 1 everywhere.
+    The arguments are those of `speculative_sample`; `target` and `draft` may end at the last draft.
     """
     columns = drafts.shape[1]
     p = target[:, :columns].gather(2, drafts[..., None])[..., 0]
@@ -154,11 +147,8 @@ def speculative_sample(
         counts (`torch.Tensor` of shape `[n]`, int64): how many of a row's drafts are real.
         target (`torch.Tensor` of shape `[n, k + 1, V]`, float32): `p`.
         draft (`torch.Tensor` of shape `[n, k, V]` or `[n, k + 1, V]`, float32, *optional*): `q`. With `k + 1`
-            positions the one after a row's last draft holds the sub-probability distribution of a proposal that
+            positions, the one after a row's last draft holds a distribution of mass below 1, of a proposal that
             proposed nothing there.
-        weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`.
+        weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`; 1 everywhere by default.
     """
     return draw_next(drafts, counts, accept_drafts(drafts, counts, target, draft, weight), target, draft)
-
-
-# VIA-SD: tiers of a slim verifier, and the distributions that they give

@@ -18,8 +18,10 @@ _IGNORED_KWARGS = {
     "logits_to_keep",  # prepared by stock for its own prefill
     "return_dict",
 }
-_BEAM_FIELDS = {"num_beams": 1, "num_beam_groups": 1}
+_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "penalty_alpha": 0}
 _MODE_FIELDS = (
+    "num_beams",
+    "num_beam_groups",
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
     "assistant_ensemble_weight",
@@ -28,22 +30,17 @@ _MODE_FIELDS = (
     "dola_layers",
     "constraints",
     "force_words_ids",
+    "penalty_alpha",
 )
 
 
 def conflicting_modes(generation_config: GenerationConfig) -> list[str]:
     """Return the fields of `generation_config` that ask for a stock decoding mode of their own, as `name=value`."""
     found = []
-    for name, neutral in _BEAM_FIELDS.items():
-        value = getattr(generation_config, name, None)
-        if value not in (None, neutral):
-            found.append(f"{name}={value}")
     for name in _MODE_FIELDS:
         value = getattr(generation_config, name, None)
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != _NEUTRAL.get(name):
             found.append(f"{name}={value}")
-    if getattr(generation_config, "penalty_alpha", None):
-        found.append(f"penalty_alpha={generation_config.penalty_alpha}")
     return found
 
 
@@ -73,12 +70,7 @@ def admit(model: PreTrainedModel, generation_config: GenerationConfig, synced_gp
     """Raise `ValueError` for a model or a call that no strategy can serve; return the layers' `layer_windows`.
 
     It runs once per call: in the wrapper before stock `generate()` prepares anything, or in the loop where there is
-    no wrapper.
-
-    Args:
-        model (`PreTrainedModel`): the target.
-        generation_config (`GenerationConfig`): what was set, with or without stock's defaults.
-        synced_gpus (`bool`): whether ranks must step together.
+    no wrapper. So `generation_config` is what was set, with or without stock's defaults.
     """
     windows = layer_windows(model)
     check_config(generation_config)
@@ -91,15 +83,11 @@ def admit(model: PreTrainedModel, generation_config: GenerationConfig, synced_gp
 def check_arguments(model_kwargs: dict[str, Any]) -> None:
     """Raise `ValueError` for something that `generate()` would pass to the model, and a strategy can't."""
     for name, value in model_kwargs.items():
-        if (
-            value is None
-            or name in _IGNORED_KWARGS
-            or (name in ("output_attentions", "output_hidden_states") and not value)
-        ):
-            continue
-        raise ValueError(
-            f"The model argument `{name}` is not supported under `assistant_strategy`; allowed: text input only."
-        )
+        unset = value is None or (name in ("output_attentions", "output_hidden_states") and not value)
+        if not unset and name not in _IGNORED_KWARGS:
+            raise ValueError(
+                f"The model argument `{name}` is not supported under `assistant_strategy`; allowed: text input only."
+            )
 
 
 def _check_prompt_learning(model: PreTrainedModel) -> None:
@@ -137,9 +125,7 @@ def check_position_ids(position_ids: torch.Tensor | None, mask: torch.Tensor, wi
 def layer_windows(model: PreTrainedModel, argument: str = "model") -> list[int | None]:
     """Return each decoder layer's sliding window, `None` for full attention; raise `ValueError` if it can't run.
 
-    Args:
-        model (`PreTrainedModel`): target or assistant.
-        argument (`str`): what the caller calls it, for the message.
+    `argument` is what the caller calls the model, for the message.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
 
@@ -175,10 +161,7 @@ def layer_windows(model: PreTrainedModel, argument: str = "model") -> list[int |
 def check_rope(config: PreTrainedConfig, shortest: int, longest: int) -> None:
     """Raise `ValueError` where rotary frequencies would change during the call, so that cached keys go stale.
 
-    Args:
-        config (`PreTrainedConfig`): the decoder's config.
-        shortest (`int`): tokens of the shortest prompt.
-        longest (`int`): tokens that the call can reach.
+    The call begins with `shortest` tokens in some row, and can reach `longest`.
     """
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
@@ -209,11 +192,9 @@ def check_assistant(model: PreTrainedModel, assistant: PreTrainedModel) -> None:
 
 def check_tokenizers(tokenizer: Any, assistant_tokenizer: Any) -> None:
     """Raise `ValueError` if both are given and their vocabularies differ."""
-    if (
-        tokenizer is not None
-        and assistant_tokenizer is not None
-        and tokenizer.get_vocab() != assistant_tokenizer.get_vocab()
-    ):
+    if tokenizer is None or assistant_tokenizer is None:
+        return
+    if tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
         raise ValueError(
             "`tokenizer` and `assistant_tokenizer` have different vocabularies; the assistant must share the model's."
         )

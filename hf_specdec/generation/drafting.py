@@ -196,27 +196,9 @@ class AssistantDrafter(Drafter):
         self.reader.commit(state)
 
 
-class NoDrafter(Drafter):
-    """Drafts nothing."""
-
-    compiles = True
-
-    def propose(self, state: DecodingState) -> Draft:
-        """Return no drafts."""
-        return Draft.empty(state)
-
-
 def drafter_name(chosen: SpeculationConfig | str | None) -> str:
     """Return what messages call the drafter that a config's field `drafter` names."""
     return "assisted" if chosen is None else chosen if isinstance(chosen, str) else chosen.strategy
-
-
-def _named_drafter(name: str) -> SpeculationConfig:
-    try:
-        config: SpeculationConfig = preset(name)
-    except ValueError as error:
-        raise ValueError(f"`drafter={name!r}`: {error}") from error
-    return config
 
 
 def chosen_drafter(
@@ -240,7 +222,10 @@ def chosen_drafter(
     if chosen is None:
         return AssistantDrafter(cast(PreTrainedModel, assistant), settings.num_assistant_tokens, stop, settings)
     if isinstance(chosen, str):
-        chosen = _named_drafter(chosen)
+        try:
+            chosen = cast(SpeculationConfig, preset(chosen))
+        except ValueError as error:
+            raise ValueError(f"`drafter={chosen!r}`: {error}") from error
     for name, neutral in (("compile", None), ("kernels", "auto")):
         value = getattr(chosen, name)
         if value == neutral or (settings.has_field(name) and value == getattr(settings, name)):
@@ -253,7 +238,7 @@ def chosen_drafter(
     shared = {n: getattr(settings, n) for n in names if settings.has_field(n) and chosen.has_field(n)}
     chosen = chosen.override(**shared)
     drafter = strategy_class(chosen.strategy)(chosen, assistant).drafter
-    if drafter is None:
+    if type(drafter) is Drafter:
         raise ValueError(f"`drafter` must be a strategy that drafts, got {chosen.strategy!r}.")
     if stop:
         if not isinstance(drafter, AssistantDrafter):

@@ -152,22 +152,12 @@ class DecodingLoop:
         admission.check_rope(
             model.config.get_text_config(decoder=True), min(prompt.lengths), max(prompt.lengths) + room
         )
-        chain = ProcessorChain(processors if processors is not None else LogitsProcessorList())
-        stats = SpeculationStats(
-            strategy=self.config.strategy,
-            accept_lengths=[[] for _ in range(input_ids.shape[0])],
-            timed=timings_wanted(),
-        )
+        chain = ProcessorChain(processors or LogitsProcessorList())
+        rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
+        stats = SpeculationStats(strategy=self.config.strategy, accept_lengths=rows, timed=timings_wanted())
         state = DecodingState(model, prompt, generation_config, chain, windows, stats)
-        rules = criteria if criteria is not None else StoppingCriteriaList()
         returns = bool(generation_config.return_dict_in_generate) and strategy.controls
-        emitter = Emitter(
-            state,
-            rules,
-            streamer,
-            scores=returns and bool(generation_config.output_scores),
-            logits=returns and bool(generation_config.output_logits),
-        )
+        emitter = Emitter(state, criteria or StoppingCriteriaList(), streamer, returns)
         if not strategy.batched and state.batch > 1:
             self._check_in_turn(emitter, state.batch)
         if not strategy.whole_model:

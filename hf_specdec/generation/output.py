@@ -16,21 +16,13 @@ from .strategy import StepResult
 
 
 class Emitter:
-    """Emits tokens for one call.
+    """Emits the tokens of one call; if it `returns` more than them, collects the scores and logits asked for."""
 
-    Args:
-        state (`DecodingState`): the text.
-        criteria (`StoppingCriteriaList`): as prepared by `generate()`.
-        streamer (`BaseStreamer`, *optional*): gets every column once.
-        scores (`bool`): collect processed scores.
-        logits (`bool`): collect raw logits.
-    """
-
-    def __init__(
-        self, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any, scores: bool, logits: bool
-    ) -> None:
+    def __init__(self, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any, returns: bool) -> None:
         self.state, self.criteria, self.streamer = state, criteria, streamer
-        self.collects = {"scores": scores, "logits": logits}
+        config = state.generation_config
+        wanted = {"scores": config.output_scores, "logits": config.output_logits}
+        self.collects = {name: returns and bool(asked) for name, asked in wanted.items()}
         self.collected: dict[str, list[list[torch.Tensor]]] = {
             name: [[] for _ in range(state.batch)] for name, wanted in self.collects.items() if wanted
         }
@@ -48,9 +40,7 @@ class Emitter:
     def emit(self, result: StepResult, *, count: bool = True) -> list[int]:
         """Append a step's tokens to the active rows and return how many each kept.
 
-        Args:
-            result (`StepResult`): the step's outcome.
-            count (`bool`, *optional*, defaults to `True`): count it in the statistics (the prefill's token is not).
+        With `count` the step counts in the statistics; the prefill's token does not.
         """
         state, kept, written = self.state, [], {}
         for slot, (row, tokens) in enumerate(zip(state.active, result.tokens.tolist(), strict=True)):

@@ -142,14 +142,9 @@ class FixedWidthRunner(ModelRunner):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        cache: SpeculativeCache,
-        max_length: int,
-        layers: int | None = None,
-        widths: Sequence[int] = (1,),
+        self, model: PreTrainedModel, cache: SpeculativeCache, max_length: int, widths: Sequence[int]
     ) -> None:
-        super().__init__(model, cache, max_length, layers)
+        super().__init__(model, cache, max_length)
         self.widths = sorted(set(widths))
 
     def padded(self, width: int, widths: Sequence[int]) -> int | None:
@@ -350,24 +345,18 @@ def make_runner(
     model: PreTrainedModel,
     cache: SpeculativeCache,
     max_length: int,
-    *,
     widths: Sequence[int],
-    layers: int | None = None,
 ) -> ModelRunner:
     """Return the runner for a config's `compile`; arguments as for `FixedWidthRunner`."""
     if mode is None:
-        return ModelRunner(model, cache, max_length, layers)
-    return _RUNNERS[mode](model, cache, max_length, layers, widths)
+        return ModelRunner(model, cache, max_length)
+    return _RUNNERS[mode](model, cache, max_length, widths)
 
 
 def check(mode: str | None, kernels: str, model: PreTrainedModel, argument: str = "model") -> None:
     """Raise `ValueError` if `model`'s forwards can't be compiled or attend as a config asks for; runs nothing.
 
-    Args:
-        mode (`str`, *optional*): the config's `compile`.
-        kernels (`str`): the config's `kernels`.
-        model (`PreTrainedModel`): target or assistant.
-        argument (`str`): what the caller calls it, for the message.
+    `mode` is the config's `compile`, `argument` what the caller calls the model, for the message.
     """
     devices = {parameter.device for parameter in model.parameters()}
     where = ", ".join(sorted(map(str, devices)))

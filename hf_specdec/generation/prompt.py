@@ -37,14 +37,9 @@ class Prompt:
     def read(
         cls, ids: torch.Tensor, mask: torch.Tensor | None, past: DynamicCache | None, width: int | None
     ) -> Prompt:
-        """Build the prompt.
+        """Build the prompt of `ids` `[b, T]`: the whole text or, with an earlier turn's cache, only what is new.
 
-        Args:
-            ids (`torch.Tensor` of shape `[b, T]`): the whole text, or (with `past`) only what is new.
-            mask (`torch.Tensor` of shape `[b, M]`, *optional*): attention mask over the whole text; `None` for all
-                ones.
-            past (`DynamicCache`, *optional*): an earlier turn's cache.
-            width (`int`, *optional*): columns of the mask where it is `None` and known.
+        The attention mask `[b, M]` covers the whole text. Without one all is real, in `width` columns where known.
 
         Raises:
             ValueError: for an empty or right-padded prompt, and for a mask or cache that does not fit `ids`.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -98,20 +99,10 @@ class SpeculationStats:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counters and rates as a JSON-safe dictionary."""
-        return {
-            "strategy": self.strategy,
-            "num_drafts": self.num_drafts,
-            "num_draft_tokens": self.num_draft_tokens,
-            "num_accepted_tokens": self.num_accepted_tokens,
-            "num_accepted_tokens_per_pos": list(self.num_accepted_tokens_per_pos),
-            "acceptance_rate": self.acceptance_rate,
-            "mean_tokens_per_step": self.mean_tokens_per_step,
-            "accept_lengths": [list(row) for row in self.accept_lengths],
-            "target_forwards": self.target_forwards,
-            "draft_forwards": self.draft_forwards,
-            "seconds": dict(self.seconds),
-            "method": dict(self.method),
-        }
+        rates = {"acceptance_rate": self.acceptance_rate, "mean_tokens_per_step": self.mean_tokens_per_step}
+        hidden = ("timed", "_steps", "seconds")
+        counts = {own.name: getattr(self, own.name) for own in fields(self) if own.name not in hidden}
+        return copy.deepcopy({**counts, **rates, "seconds": dict(self.seconds)})
 
 
 def _wait(device: torch.device) -> None:

@@ -48,6 +48,13 @@ class Draft:
         """`counts` as int64 `[n]` beside `tokens`, for the acceptance rules."""
         return upload(self.counts, self.tokens.device)
 
+    def distributions_over(self, width: int) -> torch.Tensor:
+        """Return the distributions `[n, k, width]`, point masses where the tokens are certain."""
+        if self.distributions is not None:
+            return self.distributions
+        masses = torch.zeros(*self.tokens.shape, width, device=self.tokens.device)
+        return masses.scatter_(2, self.tokens[..., None], 1.0)
+
     @classmethod
     def empty(cls, state: DecodingState) -> Draft:
         """Return a draft of no tokens for every active row."""
@@ -77,7 +84,7 @@ class StepResult:
 
 
 class Drafter:
-    """Proposes tokens. The attributes say what it needs and gives; a `Draft` carries its tokens' distributions."""
+    """Proposes tokens; this base none. The attributes say what it needs and gives, a `Draft` carries distributions."""
 
     gives_hidden: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = False
@@ -104,7 +111,7 @@ class Drafter:
 
     def propose(self, state: DecodingState) -> Draft:
         """Return drafts for the active rows."""
-        raise NotImplementedError
+        return Draft.empty(state)
 
     def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the drafter's distribution `[n, V]` after the last real draft of each row, and the hidden state `[n,
@@ -161,8 +168,9 @@ class SpeculationStrategy:
             )
         self.config = config
         self.assistant_model = assistant_model
-        self.drafter: Drafter | None = self.make_drafter()
-        if config.compile is not None and not (self.compiles and (self.drafter is None or self.drafter.compiles)):
+        self.drafter = self.make_drafter()
+        drafts_compiled = self.drafter.compiles or type(self.drafter) is Drafter
+        if config.compile is not None and not (self.compiles and drafts_compiled):
             raise ValueError(
                 f"`compile={config.compile!r}` is not available for the strategy {name!r} under these settings: it "
                 "runs parts of the model by itself. Allowed: None."
@@ -192,14 +200,13 @@ class SpeculationStrategy:
         """Return a context around the decoding of all rows of one call."""
         return nullcontext()
 
-    def make_drafter(self) -> Drafter | None:
-        """Return the drafter, `None` for a strategy that has none."""
-        return None
+    def make_drafter(self) -> Drafter:
+        """Return what drafts; by default nothing does."""
+        return Drafter()
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Load adapters for `model`, and raise `ValueError` for what doesn't fit it; runs no forward."""
-        if self.drafter is not None:
-            self.drafter.prepare(model)
+        self.drafter.prepare(model)
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return the target's storage for `rows` rows."""
@@ -208,31 +215,27 @@ class SpeculationStrategy:
 
     def make_runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
         """Return what runs the target over `cache`."""
-        widths = [1] if self.drafter is None else [1, self.config.num_assistant_tokens + 1]
+        widths = [1, self.config.num_assistant_tokens + 1]
         return programs.make_runner(self.config.compile, state.model, cache, state.longest, widths=widths)
 
     def setup(self, state: DecodingState) -> None:
         """Prepare for the active rows, before their prompts are run."""
-        if self.drafter is not None:
-            self.drafter.setup(state)
+        self.drafter.setup(state)
 
     def prefill(self, state: DecodingState) -> Forward:
         """Run the active rows' prompts and return the forward over each row's last prompt token (`m = 1`)."""
-        request = TOKENS_ONLY if self.drafter is None else self.drafter.prefill_request(state)
-        first = state.prefill(request._replace(hidden=self.hidden))
-        if self.drafter is not None:
-            self.drafter.prefill(state)
+        first = state.prefill(self.drafter.prefill_request(state)._replace(hidden=self.hidden))
+        self.drafter.prefill(state)
         return first
 
     def propose(self, state: DecodingState) -> Draft:
         """Return drafts for the active rows."""
-        return Draft.empty(state) if self.drafter is None else self.drafter.propose(state)
+        return self.drafter.propose(state)
 
     def verify(self, state: DecodingState, draft: Draft) -> Forward:
         """Run the target over each row's pending token and drafts; logits `[n, k + 1, V]`."""
-        request = TOKENS_ONLY if self.drafter is None else self.drafter.verify_request(state, draft)
-        tokens = torch.cat([state.pending, draft.tokens], dim=1)
-        return state.forward(tokens, request=request._replace(hidden=self.hidden))
+        request = self.drafter.verify_request(state, draft)._replace(hidden=self.hidden)
+        return state.forward(torch.cat([state.pending, draft.tokens], dim=1), request=request)
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""
@@ -264,8 +267,7 @@ class SpeculationStrategy:
             kept (`list[int]`): tokens of the step's result that each active row kept.
         """
         state.target.cache.set_lengths([count - 1 for count in state.committed])
-        if self.drafter is not None:
-            self.drafter.commit(state)
+        self.drafter.commit(state)
 
     def clean_length(self, state: DecodingState, layer_idx: int, row: int) -> int:
         """Return how many tokens of a row layer `layer_idx` holds exactly as a fresh forward would."""
@@ -277,5 +279,4 @@ class SpeculationStrategy:
 
     def close(self, state: DecodingState) -> None:
         """Release what `setup` took; also called after an exception."""
-        if self.drafter is not None:
-            self.drafter.close(state)
+        self.drafter.close(state)

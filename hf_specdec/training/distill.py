@@ -1,5 +1,4 @@
-"""What distilling has in common: a student learns the frozen target's next-token distribution on text that the target
-wrote.
+"""What distilling has in common: a student learns the frozen target's distribution on text that the target wrote.
 
 The loss is KL(target || student) over the student's vocabulary, at temperature 1, at every position of prompt and
 answer. The target runs once over each sequence; its hidden states are kept while they fit, and later epochs read them.

@@ -48,7 +48,7 @@ class MaskSearch:
         window (`int`, *optional*, defaults to 64): answer tokens read per text.
         mini_batch (`int`, *optional*, defaults to 4): texts between two looks at a race.
         stop_agreement (`float`, *optional*, defaults to 0.95): the search ends at this share of equal most likely
-            words.
+            tokens.
         minutes (`float`, *optional*): the search ends by the clock.
         seed (`int`, *optional*, defaults to 0): of the proposals.
     """

@@ -27,10 +27,10 @@ Mask = tuple[bool, ...]
 def margin_cost(q: torch.Tensor, p: torch.Tensor, alpha: float = 0.5, beta: float = 0.5) -> torch.Tensor:
     """Return the paper's cost R (Eq. 11) `[...]` of a distribution `p` that stands in for `q`, both `[..., V]`.
 
-    It is 0 for mild mismatch: it counts words to which `p` gives more than a lossy verifier of leniency `alpha` and
+    It is 0 for mild mismatch: it counts tokens to which `p` gives more than a lossy verifier of leniency `alpha` and
     `beta` forgives, p above q / (1 - alpha), and those to which its residual leaves nothing, p above q / beta.
     """
-    # words that one of the distributions excludes have no logarithm; a floor far below any real probability stands in
+    # tokens that one of the distributions excludes have no logarithm; a floor far below any real probability stands in
     ratio = p.clamp(min=1e-30).log() - q.clamp(min=1e-30).log()
     one, two = (ratio + math.log(1 - alpha)).clamp(min=0), (ratio + math.log(beta)).clamp(min=0)
     return (p * one + q * two).sum(dim=-1)
@@ -129,7 +129,7 @@ class SlimScorer:
         return costs(self.teacher[index], self.logits(keep, index, terms), *self.leniency)
 
     def report(self, keep: Mask, terms: LowRankTerms | None = None) -> dict[str, float]:
-        """Return the means of all costs over all texts, and the share of equal most likely words as `agreement`."""
+        """Return the means of all costs over all texts, and the share of equal most likely tokens as `agreement`."""
         found = [self(keep, index, terms) for index in range(len(self))]
         means = {name: sum(costs[name] for costs in found) / len(found) for name in OBJECTIVES}
         return {"agreement": 1 - means.pop("top1"), **means, "tokens": sum(len(t) for t in self.teacher)}

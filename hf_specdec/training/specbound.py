@@ -62,8 +62,8 @@ class _Student(nn.Module):
         """Return `before` with every other token's replaced by the block's own guess, as it is after a draft."""
         guess = before_each(self.heads.head_input(layer, self.heads.deepen(layer, hidden, before, call)))
         b, width = hidden.shape[:2]
-        places = torch.arange(b, device=hidden.device)[:, None] + torch.arange(width, device=hidden.device)
-        return torch.where((places % 2 == 0)[..., None], guess.to(before.dtype), before)
+        parity = torch.arange(b, device=hidden.device)[:, None] + torch.arange(width, device=hidden.device)
+        return torch.where((parity % 2 == 0)[..., None], guess.to(before.dtype), before)
 
 
 class _ExitRun(Distillation[ExitTraining]):

@@ -1,5 +1,4 @@
-"""Training the slim verifier of VIA-SD: a LoRA on the layers that stay learns the whole model's own next-token
-distribution.
+"""Training the slim verifier of VIA-SD: a LoRA on the layers that stay learns the distribution of the whole model.
 
 PEFT makes the LoRA and writes its files. It works on a copy of the model's modules that shares the weights, so the
 model stays as it is. Every position is read by the slim model alone, which is decoding with `slim_cache="own"`.
@@ -21,8 +20,8 @@ from transformers import PreTrainedModel
 from ..generation.methods.via_sd.config import ViaSDConfig
 from ..generation.methods.via_sd.slim_model import LORA_FOLDER, LowRankTerms, Units, load_slim, save_slim, slim_model
 from ..generation.models.adapters import describe
-from ..generation.models.layerwise import Layerwise
-from ..generation.models.vocabulary import InsideHead, ReducedHead
+from ..generation.models.layerwise import Layerwise, Proxy
+from ..generation.models.vocabulary import ReducedHead
 from .data import Text
 from .distill import Distillation, Report, divergence
 from .scoring import SlimScorer, margin_cost
@@ -101,7 +100,7 @@ class _SlimRun(Distillation[SlimTraining]):
         self.units.check(self.keep)
         reduced = None
         if self.vocabulary is not None:
-            reduced = InsideHead(ReducedHead(target.get_output_embeddings(), self.vocabulary))
+            reduced = Proxy(ReducedHead(target.get_output_embeddings(), self.vocabulary), ReducedHead.reduced)
         self.reduced = Layerwise(target).tail(reduced)
         shared = {id(t): t for t in [*target.parameters(), *target.buffers()]}
         twin = copy.deepcopy(target, cast("dict[int, Any]", shared))  # modules of its own around the same weights

@@ -33,9 +33,6 @@ from ..strategy import Draft, Drafter, SpeculationStrategy
 
 logger = logging.get_logger(__name__)
 
-_SELECTIONS = ("verification", "window")
-_QUERIES = ("first_last", "last", "all")
-_METRICS = ("weight", "logit")
 _WINDOW_SINKS = 4
 
 
@@ -88,9 +85,8 @@ class VegasConfig(SpeculationConfig):
             raise ValueError(f"`max_tokens` must be at least `min_tokens` ({self.min_tokens}), got {self.max_tokens}.")
         if self.num_sink is not None and self.num_sink < 0:
             raise ValueError(f"`num_sink` must be at least 0, got {self.num_sink}.")
-        for name, allowed in (("selection", _SELECTIONS), ("metric", _METRICS), ("queries", _QUERIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        self.check_choices(selection=("verification", "window"), metric=("weight", "logit"))
+        self.check_choices(queries=("first_last", "last", "all"))
 
     def budget(self, keys: int, valid: int) -> int:
         """Return `B`, how many of `valid` candidates to choose when the forward has `keys` keys, drafts included."""

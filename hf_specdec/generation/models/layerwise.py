@@ -53,18 +53,16 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.
 
 def placed(call: LayerCall, cache: Cache, step: Step, mask: Any = None) -> LayerCall:
     """Return a layer's arguments on another cache, at another step and, if given, with another mask."""
+    args = tuple(_at(value, cache, step, mask) for value in call.args)
+    return LayerCall(args, {key: _at(value, cache, step, mask) for key, value in call.kwargs.items()})
 
-    def exchange(value: Any) -> Any:
-        if isinstance(value, Cache):
-            return cache
-        if isinstance(value, Step):
-            return step
-        if mask is not None and isinstance(value, MaskSpec):
-            return mask
-        return value
 
-    args = tuple(exchange(value) for value in call.args)
-    return LayerCall(args, {key: exchange(value) for key, value in call.kwargs.items()})
+def _at(value: Any, cache: Cache, step: Step, mask: Any = None) -> Any:
+    if isinstance(value, Cache):
+        return cache
+    if isinstance(value, Step):
+        return step
+    return mask if mask is not None and isinstance(value, MaskSpec) else value
 
 
 def _states(output: Any) -> torch.Tensor:
@@ -99,7 +97,7 @@ class Layerwise:
         self._noted: list[Any] = []
         recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
-        self.norm = self._probe(base)
+        self.norm = self._probe(base, recorders)
         self._token_dims: list[Any] = []
 
     def record(self, **inputs: Any) -> Recording:
@@ -109,24 +107,15 @@ class Layerwise:
         noted = list(self._noted)
         return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
 
-    def compare(self, one: Recording, two: Recording) -> None:
-        """Learn from recordings of one token and of two where in the arguments the tokens lie; `join` needs it."""
-        self._token_dims = [_token_dims(a, b) for a, b in zip(one.calls, two.calls, strict=True)]
-
     def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
-        """Return the arguments of layer `layer` for the tokens of several recordings together, on `cache` at `step`.
-
-        Args:
-            recordings (`list[Recording]`): of consecutive tokens of one text.
-        """
+        """Return a layer's arguments for the consecutive tokens of several recordings, on `cache` at `step`."""
         parts = [recording.calls[layer] for recording in recordings]
         return cast(LayerCall, _joined(parts, self._token_dims[layer], cache, step))
 
     def tail(self, head: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function from the LM head's input `[..., H]` to logits, soft-caps and scales included.
 
-        Args:
-            head (`nn.Module`, *optional*): takes the place of the model's own head.
+        A `head` takes the place of the model's own.
         """
         changes: dict[int, nn.Module] = {id(self.model.base_model): _Passes()}
         if head is not None:
@@ -150,14 +139,14 @@ class Layerwise:
 
         Args:
             token (`torch.Tensor` of shape `[1, 1]`): the newest token that the cache holds,
-            position (`int`): and its place.
+            position (`int`): and its position.
             logits (`torch.Tensor` of shape `[1, 1, V]`): the model's own of what follows it.
 
         Raises:
             ValueError: if the layers, called one by one, don't give the same logits.
         """
-        one = self.record_at(runner, token, position)
-        self.compare(one, self.record_at(runner, token.expand(1, 2), position))
+        one, two = (self.record_at(runner, token.expand(1, m), position).calls for m in (1, 2))
+        self._token_dims = [_token_dims(*calls) for calls in zip(one, two, strict=True)]
         if self.model in _checked:
             return
         staircase = Staircase(self, runner, 1)
@@ -177,7 +166,7 @@ class Layerwise:
         self._noted.append((hidden_states, args, kwargs))
         return hidden_states
 
-    def _probe(self, base: nn.Module) -> nn.Sequential:
+    def _probe(self, base: nn.Module, recorders: nn.ModuleList) -> nn.Sequential:
         """Find what follows the layers, by watching a forward without layers."""
         after: list[tuple[nn.Module, Any, Any]] = []
 
@@ -187,7 +176,6 @@ class Layerwise:
                 after.append((module, args[0] if args else None, output))
             return output
 
-        recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         outside = {id(module): Proxy(module, watch) for module in _beside(base, self.layers)}
         watched = cast(Callable[..., Any], exchanged(base, {**outside, id(self.layers): recorders}))
         self._noted.clear()
@@ -217,11 +205,6 @@ class Staircase:
     The catch-up rule: a layer call takes the newest token and every earlier token that is exactly as deep. So depths
     never increase from token to token, tokens of one depth are neighbours, and every token passes every layer once,
     when the keys and values of all earlier tokens are there: states and cache are those of a plain forward.
-
-    Args:
-        parts (`Layerwise`): the model.
-        runner (`ModelRunner`): its cache.
-        limit (`int`): tokens at most.
 
     Attributes:
         depths (`list[int]`): layers that each token has passed.
@@ -296,10 +279,8 @@ def watched(model: PreTrainedModel, depths: Sequence[int]) -> Iterator[dict[int,
 def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
     """Return a shallow copy of `module` with some submodules exchanged; all else is shared, and nothing is changed.
 
-    Hooks of the copied modules (those on the way to an exchanged one) are not taken along.
-
-    Args:
-        changes (`dict[int, nn.Module]`): what stands in for a submodule, by the submodule's `id`.
+    `changes` holds what stands in for a submodule, by the submodule's `id`. Hooks of the copied modules (those on the
+    way to an exchanged one) are not taken along.
     """
     if id(module) in changes:
         return changes[id(module)]
@@ -365,10 +346,6 @@ def _token_dims(one: Any, two: Any) -> Any:
 def _joined(parts: Sequence[Any], dims: Any, cache: Cache, step: Step) -> Any:
     """Join the same argument of several recordings; what does not depend on the token is taken from the last."""
     last = parts[-1]
-    if isinstance(last, Cache):
-        return cache
-    if isinstance(last, Step):
-        return step
     if isinstance(last, torch.Tensor) and dims is not None and len(parts) > 1:
         return step.joined(dims, *parts)
     if isinstance(last, dict):
@@ -376,4 +353,4 @@ def _joined(parts: Sequence[Any], dims: Any, cache: Cache, step: Step) -> Any:
     if isinstance(last, tuple):
         joined = [_joined([p[i] for p in parts], dims[i], cache, step) for i in range(len(last))]
         return type(last)(*joined) if hasattr(last, "_fields") else tuple(joined)
-    return last
+    return _at(last, cache, step)

@@ -51,18 +51,6 @@ class ReducedHead(nn.Module):
         return logits.new_full((*logits.shape[:-1], self.width), OUTSIDE).index_copy_(-1, self.ids, logits)
 
 
-class InsideHead(nn.Module):
-    """A reduced head without the scattering."""
-
-    def __init__(self, head: ReducedHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the logits `[..., k]` of the words inside."""
-        return self.head.reduced(hidden)
-
-
 def vocabulary_width(model: nn.Module) -> int:
     """Return how many words the model's head scores, padding included."""
     head = model.get_output_embeddings()  # type: ignore[operator]

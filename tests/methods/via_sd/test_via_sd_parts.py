@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from hf_specdec.generation.methods.via_sd.audit import Audit, tightened
-from hf_specdec.generation.methods.via_sd.laws import ACCEPT, ESCALATE, REGENERATE, Gate
-from hf_specdec.generation.methods.via_sd.schedule import RoundSchedule
-from hf_specdec.generation.methods.via_sd.slim_verifier import Scored
-from hf_specdec.generation.methods.via_sd.tiers import _common, _decided
+from hf_specdec.generation.methods.via_sd.laws import ACCEPT, ESCALATE, REGENERATE, Gate, Scored
+from hf_specdec.generation.methods.via_sd.tiers import RoundSchedule, _common, _decided
 
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1.0])

@@ -398,8 +398,8 @@ class Spy:
     def __call__(self):
         original = ModelRunner.forward
 
-        def forward(runner, tokens, starts, **options):
-            out = original(runner, tokens, starts, **options)
+        def forward(runner, tokens, starts, *request):
+            out = original(runner, tokens, starts, *request)
             self.calls.append((self.kind(runner.model), tokens.clone(), list(starts), out.logits.clone()))
             return out
 

@@ -36,8 +36,6 @@ from .head import DiversedHead, load_head
 logger = logging.get_logger(__name__)
 
 _DEFAULT_WEIGHT = 0.7
-_BONUSES = ("target", "mixture")
-_SPACES = ("prob", "logit")
 
 
 @dataclass(frozen=True)
@@ -90,9 +88,7 @@ class DiversedConfig(SpeculationConfig):
             raise ValueError(f"`weight_offset={self.weight_offset}` shifts a head's logit, and there is no `adapter`.")
         if not 0 <= self.w_min <= self.w_max <= 1:
             raise ValueError(f"`w_min` and `w_max` must be 0 <= w_min <= w_max <= 1, got {self.w_min}, {self.w_max}.")
-        for name, allowed in (("bonus", _BONUSES), ("mix_space", _SPACES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        self.check_choices(bonus=("target", "mixture"), mix_space=("prob", "logit"))
         if not 0 < self.greedy_temperature < math.inf:
             raise ValueError(f"`greedy_temperature` must be above 0 and finite, got {self.greedy_temperature}.")
         if not math.isfinite(self.weight_offset):
@@ -103,11 +99,6 @@ class DiversedConfig(SpeculationConfig):
         """Whether the weight is 1 everywhere."""
         return self.weight == 1 == self.w_max or self.w_min == 1
 
-    @property
-    def brings_drafter(self) -> bool:
-        """Whether a drafter is named."""
-        return self.drafter is not None
-
 
 class DiversedStrategy(SpeculationStrategy):
     """Draft as configured, verify against the mixture."""
@@ -116,10 +107,7 @@ class DiversedStrategy(SpeculationStrategy):
     compiles = True
     paper = "https://arxiv.org/abs/2604.07622"
     needs_assistant = True
-    presets = {
-        "": {},
-        "mixture": {"bonus": "mixture"},
-    }
+    presets = {"": {}, "mixture": {"bonus": "mixture"}}
     config: DiversedConfig
 
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
@@ -200,11 +188,7 @@ class DiversedStrategy(SpeculationStrategy):
         scores = state.process(target.logits, draft.tokens)
         p, tokens, k = state.distribution(scores), draft.tokens, draft.tokens.shape[1]
         counts = draft.counts_on_device
-        q = (
-            draft.distributions
-            if draft.distributions is not None
-            else torch.zeros_like(p[:, :k]).scatter_(2, tokens[..., None], 1.0)
-        )
+        q = draft.distributions_over(p.shape[-1])
         states = None if target.hidden is None else target.hidden[:, :k]
         w = self.weights(state, draft.hidden, states).expand(tokens.shape) if k else p.new_zeros(tokens.shape)
         explicit = self.config.restrict_to_target_support or self.config.mix_space == "logit"
@@ -221,8 +205,11 @@ class DiversedStrategy(SpeculationStrategy):
         else:
             accepted = acceptance.greedy_match(tokens, counts, judge.argmax(dim=-1)).accepted
         if self.config.bonus == "mixture" and bool((accepted == counts).any()):
+            with state.timed("draft"):
+                ahead, hidden = self.drafter.look_ahead(state, draft)
+            seen = None if target.hidden is None else target.hidden.to(state.device)[rows, counts]
             judge = judge.clone()
-            judge[rows, counts] = self._bonus_distribution(state, draft, target, p[rows, counts], rows, counts)
+            judge[rows, counts] = self.mixture(p[rows, counts], ahead, self.weights(state, hidden, seen))
         if state.do_sample:
             verdict = acceptance.draw_next(tokens, counts, accepted, judge, q)
         else:
@@ -231,21 +218,6 @@ class DiversedStrategy(SpeculationStrategy):
         verdict = verdict.on_host()
         stayed = verdict.accepted.tolist()
         return StepResult(verdict.tokens, [count + 1 for count in stayed], draft.counts, stayed, target.logits, scores)
-
-    def _bonus_distribution(
-        self,
-        state: DecodingState,
-        draft: Draft,
-        target: Forward,
-        p: torch.Tensor,
-        rows: torch.Tensor,
-        counts: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return the mixture `[n, V]` after each row's last draft, where the target's distribution is `p`."""
-        with state.timed("draft"):
-            q, hidden = cast(Drafter, self.drafter).look_ahead(state, draft)
-        seen = None if target.hidden is None else target.hidden.to(state.device)[rows, counts]
-        return self.mixture(p, q, self.weights(state, hidden, seen))
 
     def _count(
         self, state: DecodingState, p: torch.Tensor, q: torch.Tensor, w: torch.Tensor, tested: torch.Tensor

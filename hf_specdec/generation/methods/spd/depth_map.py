@@ -53,8 +53,16 @@ class DepthMap:
             )
         self.layers, self.stages = layers, num_stages
         self.bounds = [0, *accumulate(counts)]
-        self.features = self._default() if feature_layers is None else list(feature_layers)
-        self._check()
+        last = layers - 1
+        if feature_layers is None:
+            inner = self.bounds[1:-1] if num_stages <= 4 else [round(layers * part / 4) for part in (1, 2, 3)]
+            feature_layers = sorted({0, last, *(f for f in inner if f <= last)})
+        self.features = features = list(feature_layers)
+        if not features or features[0] != 0 or features != sorted(set(features)) or features[-1] > max(last, 0):
+            raise ValueError(
+                f"`feature_layers` must ascend from 0 and be at most {last} (the last layer's output is no feature), "
+                f"got {features}."
+            )
         self.types = [bisect_right(self.features, bound) - 1 for bound in self.bounds]
         unused = sorted(set(range(len(self.features))) - set(self.types))
         if unused:
@@ -71,20 +79,3 @@ class DepthMap:
     def produced(self, stage: int) -> list[int]:
         """Return the features that a token gains in a stage."""
         return [f for f in self.features if self.bounds[stage] < f <= self.bounds[stage + 1]]
-
-    def of_type(self, kind: int) -> list[int]:
-        """Return the features of an aggregation type: the first `kind + 1`."""
-        return self.features[: kind + 1]
-
-    def _default(self) -> list[int]:
-        last = self.layers - 1
-        inner = self.bounds[1:-1] if self.stages <= 4 else [round(self.layers * part / 4) for part in (1, 2, 3)]
-        return sorted({0, last, *(f for f in inner if f <= last)})
-
-    def _check(self) -> None:
-        features, last = self.features, self.layers - 1
-        if not features or features[0] != 0 or features != sorted(set(features)) or features[-1] > max(last, 0):
-            raise ValueError(
-                f"`feature_layers` must ascend from 0 and be at most {last} (the last layer's output is no feature), "
-                f"got {features}."
-            )

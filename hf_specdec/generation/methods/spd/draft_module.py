@@ -77,8 +77,8 @@ class PipelineDraftModule(nn.Module):
             self.layers = nn.ModuleList(copy.deepcopy(whole[index]) for index in templates)
         else:
             self.layers = nn.ModuleList(_foreign_layer(model, family) for _ in templates)
-        for place, layer in enumerate(self.layers):
-            place_layer(layer, place)
+        for index, layer in enumerate(self.layers):
+            place_layer(layer, index)
         weight = head.weight if self.reduced is None else self.reduced.weight
         self.lm_head = nn.Linear(width, weight.shape[0], bias=False, device="meta")
         self.lm_head.weight = nn.Parameter(weight.detach().clone())
@@ -90,7 +90,7 @@ class PipelineDraftModule(nn.Module):
     def fuse(self, kind: int, features: Features) -> torch.Tensor:
         """Return the fused states `[1, m, H]` of tokens that have the features of an aggregation type."""
         device = self.lm_head.weight.device  # stages may be on others
-        parts = [features[index].to(device) for index in self.depths.of_type(kind)]
+        parts = [features[index].to(device) for index in self.depths.features[: kind + 1]]
         return cast(torch.Tensor, self.feature_proj[kind](torch.cat(parts, dim=-1)))
 
     def run(self, fused: torch.Tensor, calls: Sequence[LayerCall]) -> torch.Tensor:
@@ -104,7 +104,7 @@ class PipelineDraftModule(nn.Module):
         return cast(torch.Tensor, self.lm_head(self.norm(hidden)))
 
     def scatter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return logits `[..., V]` of all words for logits `[..., V_d]`."""
+        """Return logits `[..., V]` of all tokens for logits `[..., V_d]`."""
         return logits if self.reduced is None else self.reduced.scatter(logits)
 
     def can_guess(self, token: torch.Tensor) -> bool:
@@ -118,10 +118,7 @@ class PipelineDraftModule(nn.Module):
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:
         """Write the module, in bf16, to a folder that `SPDConfig(adapter=folder)` and `assistant_strategy=` take.
 
-        Args:
-            config (`SPDConfig`): settings to use it with.
-            model (`PreTrainedModel`): that it was made for.
-            notes: what else to record, such as how it was trained.
+        It is for use with `config` and `model`; `notes` are recorded too, such as how it was trained.
         """
         tensors = {name: value.detach().bfloat16() for name, value in self.named_parameters()}
         if self.reduced is not None:
@@ -167,10 +164,7 @@ def _fusing(kind: int, width: int) -> nn.Linear:
 class DraftReader:
     """The draft module along one text. Finished tokens stay in its cache; tokens in flight are read anew every tick.
 
-    Args:
-        module (`PipelineDraftModule`): the module.
-        parts (`Layerwise`): of the target; nothing else may record with it at the same time.
-        capacity (`int`): tokens that a text can have.
+    Nothing else may record with `parts`, the target's, at the same time.
     """
 
     def __init__(self, module: PipelineDraftModule, parts: Layerwise, capacity: int) -> None:

@@ -43,7 +43,7 @@ from ...stats import SpeculationStats
 from ...strategy import SpeculationStrategy, StepResult
 from .depth_map import DepthMap
 from .draft_module import KIND, DraftReader, Features, PipelineDraftModule, load_draft_module, read_depths
-from .pipeline import InThreads, Job, LocalPipeline, Pipeline, in_series
+from .pipeline import InThreads, Job, LocalPipeline, in_series
 from .ranked_pipeline import RankedPipeline, serve
 from .ranks import STOP, Ranks
 
@@ -52,8 +52,6 @@ logger = logging.get_logger(__name__)
 
 _PROTOCOL = 1
 """Of the messages between ranks; ranks of unlike releases must not talk to each other."""
-
-SCHEDULES = ("auto", "serial", "threads", "dist")
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ class SPDConfig(SpeculationConfig):
         counts = self.stage_layers
         if counts is not None and (not counts or any(type(count) is not int for count in counts)):
             raise ValueError(f"`stage_layers` must hold a whole number of layers per stage, got {counts!r}.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"`schedule` must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        self.check_choices(schedule=("auto", "serial", "threads", "dist"))
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"`timeout` must be above 0 and finite, got {self.timeout}.")
 
@@ -125,23 +122,14 @@ class SPDConfig(SpeculationConfig):
 
 @dataclass
 class _Flying:
-    """A token in flight.
+    """A token in flight."""
 
-    Args:
-        position (`int`): in the text.
-        token (`torch.Tensor` of shape `[1, 1]`, int64): its id.
-        distribution (`torch.Tensor` of shape `[1, V]`, float32, *optional*): that it was drawn from.
-        features (`Features`): what the draft module may read of it.
-        fill (`int`): tokens that were in flight when it was drafted.
-        depth (`int`): stages that it has passed.
-    """
-
-    position: int
-    token: torch.Tensor
-    distribution: torch.Tensor | None
-    features: Features
-    fill: int
-    depth: int = 0
+    position: int  # in the text
+    token: torch.Tensor  # `[1, 1]`, int64
+    distribution: torch.Tensor | None  # that it was drawn from, `[1, V]`, float32
+    features: Features  # what the draft module may read of it
+    fill: int  # tokens that were in flight when it was drafted
+    depth: int = 0  # stages that it has passed
 
 
 class SPDStrategy(SpeculationStrategy):
@@ -157,7 +145,7 @@ class SPDStrategy(SpeculationStrategy):
 
     depths: DepthMap
     module: PipelineDraftModule
-    pipeline: Pipeline
+    pipeline: LocalPipeline | RankedPipeline
     reader: DraftReader
 
     def __init__(self, config: SpeculationConfig, assistant_model: PreTrainedModel | None = None) -> None:
@@ -248,13 +236,13 @@ class SPDStrategy(SpeculationStrategy):
         with state.contexts:
             serve(state, cast(Ranks, self.ranks), lambda: self.make_cache(state, 1))
 
-    def _pipeline(self, state: DecodingState) -> Pipeline:
+    def _pipeline(self, state: DecodingState) -> LocalPipeline | RankedPipeline:
         schedule, n = self.config.schedule, self.depths.stages
         threads = 1 if self.ranks is not None and self.ranks.stage is not None else n if schedule == "threads" else 0
         run_all = in_series
         if threads:
             run_all = InThreads(threads, state.target.device)
-            state.contexts.callback(run_all.close)
+            state.contexts.callback(run_all.pool.shutdown)
         if self.ranks is not None:
             return RankedPipeline(self.ranks, run_all)
         if not threads:

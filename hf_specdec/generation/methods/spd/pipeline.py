@@ -1,18 +1,17 @@
-"""The target as a pipeline: `Stage` runs some layers on one token, a `Pipeline` moves tokens from stage to stage.
+"""The target as a pipeline: a `Stage` runs some layers on one token, a pipeline moves tokens from stage to stage.
 
 In one tick every stage runs the token that it was handed in the tick before, and the draft module guesses the next one
 meanwhile. What runs a tick's jobs is the *schedule*: one after the other, or each in a thread of its own.
-`LocalPipeline` has all stages in this process, `ranked_pipeline` has them on several ranks.
+`LocalPipeline` has all stages in this process; `RankedPipeline` has the same methods, and its stages on several ranks.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +20,7 @@ from ....cache.stage import StageCache
 from ....kernels.address import Address
 from ....kernels.step import Step
 from ...models.layerwise import Layerwise, Recording, placed, run_layer, watched
-from ...runner import Forward
+from ...runner import Forward, ModelRunner
 from ...state import DecodingState
 from .depth_map import DepthMap
 from .draft_module import Features
@@ -59,14 +58,7 @@ class Tick(NamedTuple):
 
 
 class Stage:
-    """The layers of one stage, with their part of the cache.
-
-    Args:
-        parts (`Layerwise`): the model.
-        depths (`DepthMap`): its stages.
-        index (`int`): of this one.
-        whole (`SpeculativeCache`): the target's cache.
-    """
+    """The layers of one stage, with their part of the target's cache."""
 
     def __init__(self, parts: Layerwise, depths: DepthMap, index: int, whole: SpeculativeCache) -> None:
         self.parts, self.index = parts, index
@@ -86,52 +78,20 @@ class Stage:
         return parcel._replace(hidden=hidden), features
 
 
-class Pipeline(ABC):
-    """The stages of one model, wherever they are.
+class LocalPipeline:
+    """All stages in this process.
 
-    Args:
-        depths (`DepthMap`): the stages.
-        run_all (`Callable[[list[Job]], list]`): the schedule: runs jobs that don't depend on each other, and returns
-            what they return.
-
-    Attributes:
-        parts (`Layerwise`): the model, from `prefill` on.
+    `run_all` is the schedule: it runs jobs that don't depend on each other, and returns what they return.
     """
 
+    # all from `prefill` on
     parts: Layerwise
-    cache: SpeculativeCache
-    last_position: int
+    runner: ModelRunner
+    stages: list[Stage]
+    waiting: list[Parcel | None]
 
     def __init__(self, depths: DepthMap, run_all: Callable[[Sequence[Job]], list[Any]]) -> None:
         self.depths, self.run_all = depths, run_all
-
-    @abstractmethod
-    def prefill(self, state: DecodingState) -> tuple[Forward, Features]:
-        """Run the prompt; return the forward over its last token, and the features of all its tokens that were run."""
-
-    @abstractmethod
-    def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
-        """Hand a token `[1, 1]` to the first stage, for the next tick; return its state at depth 0, `[1, 1, H]`."""
-
-    @abstractmethod
-    def tick(self, draft: Job | None) -> Tick:
-        """Run every stage that has a token, and `draft`, which may run at the same time."""
-
-    @abstractmethod
-    def rewind(self, length: int) -> None:
-        """Drop all tokens that are under way; every stage holds the first `length` tokens of the text afterwards."""
-
-    def _embedded(self, token: torch.Tensor, position: int) -> Parcel:
-        """Return a token `[1, 1]` ready for the first stage."""
-        device = cast(torch.Tensor, self.parts.model.get_input_embeddings().weight).device
-        return make_parcel(self.parts, {"input_ids": token.to(device)}, position, self.cache, self.last_position)
-
-
-class LocalPipeline(Pipeline):
-    """All stages in this process; the arguments are those of `Pipeline`."""
-
-    stages: list[Stage]
-    waiting: list[Parcel | None]
 
     def prefill(self, state: DecodingState) -> tuple[Forward, Features]:
         """Run the prompt; return the forward over its last token, and the features of all its tokens that were run.
@@ -139,8 +99,8 @@ class LocalPipeline(Pipeline):
         Raises:
             ValueError: if the layers, called one by one, don't do what the model does.
         """
-        row, runner = state.active[0], state.target
-        first = state.prompt.cached[row]
+        self.runner = runner = state.target
+        first = state.prompt.cached[state.active[0]]
         with watched(state.model, self.depths.features[1:]) as seen:
             output = state.prefill()
         self.parts = Layerwise(state.model)
@@ -149,12 +109,11 @@ class LocalPipeline(Pipeline):
         seen[0] = self.parts.record_at(runner, tokens, first).hidden
         self.stages = [Stage(self.parts, self.depths, i, runner.cache) for i in range(self.depths.stages)]
         self.rewind(state.committed[0])
-        self.cache, self.last_position = runner.cache, runner.last_position
         return output, seen
 
     def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Hand a token `[1, 1]` to the first stage, for the next tick; return its state at depth 0, `[1, 1, H]`."""
-        parcel = self.waiting[0] = self._embedded(token, position)
+        parcel = self.waiting[0] = make_parcel(self.parts, self.runner, {"input_ids": token}, position)
         return parcel.hidden
 
     def tick(self, draft: Job | None) -> Tick:
@@ -179,34 +138,32 @@ class LocalPipeline(Pipeline):
 
 def make_parcel(
     parts: Layerwise,
+    runner: ModelRunner,
     inputs: dict[str, torch.Tensor],
     start: int,
-    cache: SpeculativeCache,
-    last_position: int,
-    *,
+    cache: SpeculativeCache | None = None,
     own_attention: bool = False,
 ) -> Parcel:
-    """Return tokens ready for a stage.
+    """Return tokens from position `start` on ready for a stage, which exchanges the cache when it runs (see `placed`).
 
     Args:
         inputs (`dict`): `input_ids` `[1, m]` for the first stage, or `inputs_embeds` `[1, m, H]`, which the stage
             before has handed on, for a later one.
-        start (`int`): position of the first token.
-        cache (`SpeculativeCache`): exchanged when a stage runs (see `placed`).
-        last_position (`int`): positions are clamped to it.
+        cache (`SpeculativeCache`, *optional*): the stage's, where it is known; the runner's by default.
         own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not ours.
     """
-    given = next(iter(inputs.values()))
+    name, given = next(iter(inputs.items()))
+    given = given.to(runner.device)
     address = Address([start], given.shape[1])
     recording = parts.record(
-        **inputs,
-        position_ids=address.positions_on(given.device).clamp(max=last_position),
-        past_key_values=cache,
+        **{name: given},
+        position_ids=address.positions_on(given.device).clamp(max=runner.last_position),
+        past_key_values=runner.cache if cache is None else cache,
         use_cache=True,
         **({} if own_attention else {"specdec_step": Step(address)}),
     )
     # a recording of states may have scaled them, as some families do with embeddings
-    return Parcel(inputs.get("inputs_embeds", recording.hidden), address, recording)
+    return Parcel(given if name == "inputs_embeds" else recording.hidden, address, recording)
 
 
 def in_series(jobs: Sequence[Job]) -> list[Any]:
@@ -215,14 +172,10 @@ def in_series(jobs: Sequence[Job]) -> list[Any]:
 
 
 class InThreads:
-    """Runs jobs at the same time: the first one here, each other one in a thread of its own.
+    """Runs jobs at the same time: the first one here, each other one in a thread of its own, `workers` at most.
 
     PyTorch's kernels release the interpreter's lock; everything else of a tick still takes turns. What torch keeps per
     thread, as set where this is made, is set in the workers too.
-
-    Args:
-        workers (`int`): jobs beside the first at most.
-        device (`torch.device`): whose autocast settings count.
     """
 
     def __init__(self, workers: int, device: torch.device) -> None:
@@ -247,7 +200,3 @@ class InThreads:
             contexts.enter_context(torch.inference_mode(self.inference))
             contexts.enter_context(torch.autocast(self.kind, dtype=self.autocast_dtype, enabled=self.autocast))
             return job()
-
-    def close(self) -> None:
-        """End the threads."""
-        self.pool.shutdown()

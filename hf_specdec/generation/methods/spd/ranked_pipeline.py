@@ -7,7 +7,8 @@ command. Every message of a tick has arrived when the tick is over, so nothing i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,17 +19,12 @@ from ...models.layerwise import Layerwise
 from ...runner import Forward, ModelRunner
 from ...state import DecodingState
 from .draft_module import Features
-from .pipeline import Job, Parcel, Pipeline, Stage, Tick, make_parcel
-from .ranks import PROMPT, STOP, TICK, Order, Ranks
+from .pipeline import Job, Parcel, Stage, Tick, make_parcel
+from .ranks import HIDDEN, PROMPT, REPORT, STOP, TICK, Message, Order, Ranks
 
 
 class _Site:
-    """This rank's stage, fed from the rank before it and feeding the one after it, for one row.
-
-    Args:
-        state (`DecodingState`): the row is its only active one.
-        ranks (`Ranks`): the ranks.
-    """
+    """This rank's stage, fed from the rank before it and feeding the one after it, for the only active row."""
 
     def __init__(self, state: DecodingState, ranks: Ranks) -> None:
         self.state, self.ranks, self.runner = state, ranks, state.target
@@ -64,65 +60,63 @@ class _Site:
         features = dict(zip(names, states[: len(names)], strict=True))
         return features, states[-1] if self.reports_end(stage) else None
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """Return the first and end of each forward over the prompt; the last one is of the last token alone."""
+    def run_prompt(self) -> Iterator[tuple[int, torch.Tensor, Features]]:
+        """Run this rank's stage, if it has one, over the prompt block by block, and hand the results on.
+
+        The last block is the last token alone, from which on the package's attention is active. Yields each block's
+        width, the stage's result and its features.
+        """
         end = self.state.prompt.lengths[self.state.active[0]] - 1
         chunk = self.state.generation_config.prefill_chunk_size or max(end, 1)
-        return [(first, min(first + chunk, end)) for first in range(0, end, chunk)] + [(end, end + 1)]
-
-    def run_prompt(self, block: tuple[int, int], own: bool) -> tuple[torch.Tensor, Features]:
-        """Run this rank's stage over a block of the prompt and hand the result on; return it and its features.
-
-        Args:
-            own (`bool`): with the model's own attention.
-        """
-        first, end = block
-        stage = cast(Stage, self.stage)
-        if stage.index == 0:
-            inputs = {"input_ids": self.state.text.tokens[self.state.active, first:end].to(self.embedding.device)}
-        else:
-            hidden, work = self.ranks.receive_hidden(self.shape(end - first), self.dtype, stage.index - 1)
-            self.ranks.wait(work, self.ranks.owner(stage.index - 1))
-            inputs = {"inputs_embeds": hidden.to(self.embedding.device)}
-        stage.cache.exact_slices = own
-        parcel, features = stage.run(self.parcel(inputs, first, own))
-        stage.cache.exact_slices = False
-        if stage.index < self.last:
-            self.ranks.wait(self.ranks.send_hidden(parcel.hidden, stage.index + 1), self.ranks.owner(stage.index + 1))
-        return parcel.hidden, features
-
-    def switch_attention(self) -> None:
-        """Go on with the package's attention."""
+        for first in range(0, end, chunk):
+            width = min(chunk, end - first)
+            yield width, *self._run_block(first, width, own=True)
         self.state.contexts.enter_context(speculative_attention(self.state.model))
         self.parts = Layerwise(self.state.model)
         if self.stage is not None:
             self.stage.parts = self.parts
+        yield 1, *self._run_block(end, 1, own=False)
+
+    def _run_block(self, first: int, width: int, own: bool) -> tuple[torch.Tensor, Features]:
+        """Run the stage over `width` tokens from position `first` on, perhaps with the model's own attention."""
+        stage = self.stage
+        if stage is None:
+            return torch.empty(0), {}
+        if stage.index == 0:
+            inputs = {"input_ids": self.state.text.tokens[self.state.active, first : first + width]}
+        else:
+            inputs = {"inputs_embeds": self.ranks.wait(self.receive_hidden(stage.index, width))}
+        stage.cache.exact_slices = own
+        parcel, features = stage.run(self.parcel(inputs, first, own))
+        stage.cache.exact_slices = False
+        if stage.index < self.last:
+            self.ranks.wait(self.send_hidden(parcel.hidden))
+        return parcel.hidden, features
+
+    def receive_hidden(self, stage: int, width: int) -> Message:
+        """Begin to receive the states of `width` tokens that the stage before hands on to a stage."""
+        return self.ranks.receive(self.shape(width), self.dtype, self.ranks.owner(stage - 1), HIDDEN)
+
+    def send_hidden(self, hidden: torch.Tensor) -> Message:
+        """Begin to hand states on to the next stage."""
+        return self.ranks.send(hidden, self.ranks.owner(cast(Stage, self.stage).index + 1), HIDDEN)
+
+    def receive_report(self, stage: int, states: int) -> Message:
+        """Begin to receive the report of a stage on another rank, of so many states."""
+        return self.ranks.receive(self.shape(states), self.dtype, self.ranks.owner(stage), REPORT)
 
     def parcel(self, inputs: dict[str, torch.Tensor], start: int, own: bool = False) -> Parcel:
-        """Return tokens ready for this rank's stage (see `make_parcel`)."""
-        cache, last = cast(Stage, self.stage).cache, self.runner.last_position
-        return make_parcel(self.parts, inputs, start, cache, last, own_attention=own)
-
-    def token(self, token: int, position: int) -> Parcel:
-        """Return a token that rank 0 has named, ready for the first stage."""
-        return self.parcel({"input_ids": torch.tensor([[token]], device=self.embedding.device)}, position)
-
-    def handed_on(self, hidden: torch.Tensor, position: int) -> Parcel:
-        """Return a token that the stage before has handed on, ready for this rank's."""
-        return self.parcel({"inputs_embeds": hidden.to(self.embedding.device)}, position)
+        """Return tokens ready for this rank's stage (see `make_parcel`), perhaps for the model's own attention."""
+        return make_parcel(self.parts, self.runner, inputs, start, cast(Stage, self.stage).cache, own)
 
 
-class RankedPipeline(Pipeline):
-    """The stages on their ranks, as the controlling rank sees them.
+class RankedPipeline:
+    """The stages on their ranks, as the controlling rank sees them, which runs the draft module and its own stage."""
 
-    Args:
-        ranks (`Ranks`): the ranks.
-        run_all (`Callable[[list[Job]], list]`): runs the draft module and this rank's own stage.
-    """
+    parts: Layerwise  # from `prefill` on
 
     def __init__(self, ranks: Ranks, run_all: Callable[[Sequence[Job]], list[Any]]) -> None:
-        super().__init__(ranks.depths, run_all)
-        self.ranks = ranks
+        self.ranks, self.depths, self.run_all = ranks, ranks.depths, run_all
         self.site: _Site
         self._start_over(None)
 
@@ -138,28 +132,20 @@ class RankedPipeline(Pipeline):
         ranks.command(PROMPT, state.active[0])
         site = self.site = _Site(state, ranks)
         found: dict[int, list[torch.Tensor]] = {index: [] for index in depths.features[1:]}
-        blocks, final = site.blocks(), torch.empty(0)
-        for block in blocks:
-            gained: list[Features] = []
-            if block is blocks[-1]:
-                site.switch_attention()
-            if site.stage is not None:
-                final, features = site.run_prompt(block, own=block is not blocks[-1])
-                gained.append(features)
+        final = torch.empty(0)
+        for width, hidden, features in site.run_prompt():
+            final, gained = hidden, [features]
             for stage in range(depths.stages):
                 if ranks.owner(stage) == 0 or not site.reported(stage):
                     continue
-                width = block[1] - block[0]
-                shape = site.shape(width * site.reported(stage))
-                report, work = ranks.receive_report(shape, site.dtype, ranks.owner(stage))
-                ranks.wait(work, ranks.owner(stage))
+                report = ranks.wait(site.receive_report(stage, width * site.reported(stage)))
                 features, end = site.unpack(stage, report, width)
                 gained.append(features)
                 final = final if end is None else end
             for features in gained:
                 for index, states in features.items():
                     found[index].append(states)
-        self.parts, self.cache, self.last_position = site.parts, state.target.cache, state.target.last_position
+        self.parts = site.parts
         tokens = state.text.tokens[state.active, : state.committed[0]]
         features = {index: torch.cat(states, dim=1) for index, states in found.items()}
         features[0] = self.parts.record_at(state.target, tokens, 0).hidden
@@ -168,7 +154,7 @@ class RankedPipeline(Pipeline):
 
     def enter(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Name the token that the first stage is to embed; return its state at depth 0, `[1, 1, H]`."""
-        self.entered = self._embedded(token, position)
+        self.entered = make_parcel(self.parts, self.site.runner, {"input_ids": token}, position)
         self.order.token, self.order.positions[0] = int(token), position
         return self.entered.hidden
 
@@ -178,36 +164,36 @@ class RankedPipeline(Pipeline):
         ranks.command(TICK, *self.order.encode())
         last, n = site.last, self.depths.stages
         reports = {
-            stage: ranks.receive_report(site.shape(1 + site.reported(stage)), site.dtype, ranks.owner(stage))
+            stage: site.receive_report(stage, 1 + site.reported(stage))
             for stage in range(n)
             if positions[stage] is not None and ranks.owner(stage) != 0
         }
         arriving = None
         if not ranks.dedicated and n > 1 and positions[last - 1] is not None:
-            arriving = ranks.receive_hidden(site.shape(1), site.dtype, last - 1)
+            arriving = site.receive_hidden(last, 1)
         jobs: list[Job] = []
         position = positions[last]
         if site.stage is not None and position is not None:
-            stage, parcel = site.stage, self._own(position)
-            jobs = [lambda: stage.run(parcel)]
+            parcel = self.entered  # of a model in one stage
+            if n > 1:
+                parcel = site.parcel({"inputs_embeds": cast(torch.Tensor, self.inbound)}, position)
+            jobs = [partial(site.stage.run, cast(Parcel, parcel))]
         try:
             guess, *outputs = self.run_all([draft or (lambda: None), *jobs])
         finally:
-            for index, (_, work) in reports.items():
-                ranks.wait(work, ranks.owner(index))
-            if arriving is not None:
-                ranks.wait(arriving[1], ranks.owner(last - 1))
+            for message in [*reports.values(), *([] if arriving is None else [arriving])]:
+                ranks.wait(message)
         features: list[Features] = [{} for _ in range(n)]
         final = None
-        for index, (report, _) in reports.items():
-            if bool(report[0, 0].any()):
+        for index, report in reports.items():
+            if bool(report.values[0, 0].any()):
                 ranks.command(STOP, 1)
                 raise ranks.failed(None)
-            features[index], end = site.unpack(index, report[:, 1:], 1)
+            features[index], end = site.unpack(index, report.values[:, 1:], 1)
             final = final if end is None else end
         if outputs:
             final, features[last] = outputs[0][0].hidden, outputs[0][1]
-        self.inbound = None if arriving is None else arriving[0]
+        self.inbound = None if arriving is None else arriving.values
         self.order = Order(None, None, [None, *positions[:-1]])
         return Tick(guess, features, final)
 
@@ -217,20 +203,9 @@ class RankedPipeline(Pipeline):
         if self.site.stage is not None:
             self.site.stage.cache.rewind(length)
 
-    def _own(self, position: int) -> Parcel:
-        """Return what waits before this rank's stage."""
-        if self.depths.stages == 1:
-            return cast(Parcel, self.entered)
-        return self.site.handed_on(cast(torch.Tensor, self.inbound), position)
-
 
 def serve(state: DecodingState, ranks: Ranks, make_cache: Callable[[], SpeculativeCache]) -> None:
-    """Run this rank's stage until rank 0 ends the call.
-
-    Args:
-        state (`DecodingState`): the call.
-        ranks (`Ranks`): the ranks.
-        make_cache (`Callable[[], SpeculativeCache]`): makes the storage for a row.
+    """Run this rank's stage until rank 0 ends the call; `make_cache` makes the storage for a row.
 
     Raises:
         PipelineRankError: if any rank failed or did not answer.
@@ -247,66 +222,62 @@ def serve(state: DecodingState, ranks: Ranks, make_cache: Callable[[], Speculati
             if worker is not None:
                 worker.state.contexts.close()
             worker = _Worker(state, ranks, numbers[0], make_cache())
-            worker.prompt()
+            worker.read_prompt()
         else:
             cast(_Worker, worker).tick(Order.decode(numbers))
 
 
-class _Worker:
+class _Worker(_Site):
     """One row on a rank that does not control."""
+
+    stage: Stage
 
     def __init__(self, state: DecodingState, ranks: Ranks, row: int, cache: SpeculativeCache) -> None:
         state.activate([row], ModelRunner(state.model, cache, state.longest), frozenset())
-        self.state, self.ranks, self.site = state, ranks, _Site(state, ranks)
-        self.stage = cast(Stage, self.site.stage)
+        super().__init__(state, ranks)
         self.inbound: torch.Tensor | None = None
         self.error: Exception | None = None
 
-    def prompt(self) -> None:
+    def read_prompt(self) -> None:
         """Run the prompt, and report its features."""
-        site, blocks = self.site, self.site.blocks()
-        for block in blocks:
-            if block is blocks[-1]:
-                site.switch_attention()
-            hidden, features = site.run_prompt(block, own=block is not blocks[-1])
-            states = site.pack(self.stage.index, features, hidden)
+        for _, hidden, features in self.run_prompt():
+            states = self.pack(self.stage.index, features, hidden)
             if states:
-                self.ranks.wait(self.ranks.send_report(torch.cat(states, dim=1)), 0)
+                self.ranks.wait(self.ranks.send(torch.cat(states, dim=1), 0, REPORT))
 
     def tick(self, order: Order) -> None:
         """Make one tick: run what waits here, hand it on, report, and take what the stage before hands on."""
-        ranks, site, stage, positions = self.ranks, self.site, self.stage, order.positions
+        index, positions, messages = self.stage.index, order.positions, []
         if order.length is not None:
-            stage.cache.rewind(order.length)
+            self.stage.cache.rewind(order.length)
             self.inbound = None
-        inbound, works = self.inbound, []
-        self.inbound = None
-        if stage.index > 0 and positions[stage.index - 1] is not None:
-            self.inbound, work = ranks.receive_hidden(site.shape(1), site.dtype, stage.index - 1)
-            works.append((work, ranks.owner(stage.index - 1)))
-        position = positions[stage.index]
+        inbound, self.inbound = self.inbound, None
+        if index > 0 and positions[index - 1] is not None:
+            messages.append(self.receive_hidden(index, 1))
+            self.inbound = messages[0].values
+        position = positions[index]
         if position is not None:
             hidden, report = self._run(order.token, position, inbound)
-            works.append((ranks.send_report(report), 0))
-            if stage.index < site.last:
-                works.append((ranks.send_hidden(hidden, stage.index + 1), ranks.owner(stage.index + 1)))
-        for work, rank in works:
-            ranks.wait(work, rank)
+            messages.append(self.ranks.send(report, 0, REPORT))
+            if index < self.last:
+                messages.append(self.send_hidden(hidden))
+        for message in messages:
+            self.ranks.wait(message)
 
     def _run(
         self, token: int | None, position: int, inbound: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the state to hand on and the report: a state that is not 0 after an error, then what `pack` gives."""
-        site, stage = self.site, self.stage
-        fine = torch.zeros(site.shape(1), dtype=site.dtype, device=site.embedding.device)
+        index = self.stage.index
+        fine = torch.zeros(self.shape(1), dtype=self.dtype, device=self.embedding.device)
         try:
-            if stage.index == 0:
-                parcel = site.token(cast(int, token), position)
+            if index == 0:
+                inputs = {"input_ids": torch.tensor([[token]])}
             else:
-                parcel = site.handed_on(cast(torch.Tensor, inbound), position)
-            parcel, features = stage.run(parcel)
+                inputs = {"inputs_embeds": cast(torch.Tensor, inbound)}
+            parcel, features = self.stage.run(self.parcel(inputs, position))
         except Exception as error:
             # the tick ends as if nothing had happened; rank 0 sees the report, stops the call and asks for the reason
             self.error = error
-            return fine, torch.ones_like(fine).expand(-1, 1 + site.reported(stage.index), -1)
-        return parcel.hidden, torch.cat([fine, *site.pack(stage.index, features, parcel.hidden)], dim=1)
+            return fine, torch.ones_like(fine).expand(-1, 1 + self.reported(index), -1)
+        return parcel.hidden, torch.cat([fine, *self.pack(index, features, parcel.hidden)], dim=1)

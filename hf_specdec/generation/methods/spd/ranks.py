@@ -1,4 +1,4 @@
-"""`Ranks`: the processes of `torch.distributed` as the places of SPD's stages, and what they say to each other.
+"""`Ranks`: the processes of `torch.distributed` as owners of SPD's stages, and what they say to each other.
 
 Rank 0 controls. With n + 1 ranks ("dedicated") it has no stage and rank s + 1 has stage s; with n ranks ("colocated")
 it has the last stage, and rank s + 1 stage s for the others. Messages between two ranks have a fixed order, so that
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,20 @@ STOP, PROMPT, TICK = range(3)
 _NOTHING = -1
 """Stands for `None` in a message, and fills what a command does not use."""
 
-_CONTROL, _REPORT, _HIDDEN = range(3)
+CONTROL, REPORT, HIDDEN = range(3)
+"""Kinds of messages: commands, what stages report to rank 0, and what a stage hands on to the next."""
 
 
 class PipelineRankError(RuntimeError):
     """A rank failed, or did not answer in time."""
+
+
+class Message(NamedTuple):
+    """A message on its way: where it lies or will lie, the work in progress, and the other rank."""
+
+    values: torch.Tensor
+    work: Any
+    rank: int
 
 
 @dataclass
@@ -58,11 +67,7 @@ class Order:
 
 
 class Ranks:
-    """The ranks, as seen by one of them.
-
-    Args:
-        depths (`DepthMap`): stages and features.
-        timeout (`float`): seconds that a rank waits for another.
+    """The ranks, as seen by one of them, which waits for another at most `timeout` seconds.
 
     Attributes:
         rank (`int`): this one.
@@ -96,9 +101,7 @@ class Ranks:
     def session(self, terms: dict[str, str], device: torch.device) -> Iterator[None]:
         """Connect the ranks and check that they agree; afterwards, and after an exception, none of them waits.
 
-        Args:
-            terms (`dict[str, str]`): what must be the same on all ranks, by name.
-            device (`torch.device`): of this rank's stage.
+        `terms` must be the same on all ranks, `device` is that of this rank's stage.
 
         Raises:
             ValueError: if the ranks were called with different arguments; on all of them.
@@ -119,11 +122,7 @@ class Ranks:
             raise
 
     def failed(self, error: BaseException | None) -> PipelineRankError:
-        """Tell each other what went wrong, once rank 0 has stopped the call, and return it as an error to raise.
-
-        Args:
-            error (`BaseException`, *optional*): what went wrong here.
-        """
+        """Tell each other what went wrong, once rank 0 has stopped the call, and return it as an error to raise."""
         reasons = self._reasons(None if error is None else f"{type(error).__name__}: {error}")
         told = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
         return PipelineRankError(f"A rank of the pipeline failed ({told}).")
@@ -133,15 +132,12 @@ class Ranks:
         key = (self.size, self.timeout)
         if key not in _connected:
             with self._patience("all ranks"):
-                _connected[key] = self._new_groups()
+                # control stays on the CPU: reading it must not wait for a device
+                control = dist.new_group(backend="gloo", timeout=self.timeout)
+                _connected[key] = control, dist.new_group(timeout=self.timeout)
         self._groups = _connected[key]
         if dist.get_backend(self._groups[1]) != "gloo":
             self.home = device
-
-    def _new_groups(self) -> tuple[Any, Any]:
-        # control stays on the CPU: reading it must not wait for a device
-        control = dist.new_group(backend="gloo", timeout=self.timeout)
-        return control, dist.new_group(timeout=self.timeout)
 
     def _disconnect(self) -> None:
         """Close this call's connections, so that a rank that waits for this one learns of it at once."""
@@ -185,56 +181,45 @@ class Ranks:
         """Tell all other ranks what to do; `numbers` says how, at most `n + 2` of them."""
         message = torch.full((self.depths.stages + 3,), _NOTHING, dtype=torch.int64)
         message[: 1 + len(numbers)] = torch.tensor([what, *numbers])
-        sent = [self._send(message, rank, _CONTROL) for rank in range(1, self.size)]
-        for work, rank in zip(sent, range(1, self.size), strict=True):
-            self.wait(work, rank)
+        for sent in [self._send(message, rank, CONTROL) for rank in range(1, self.size)]:
+            self.wait(sent)
 
     def receive_command(self) -> list[int]:
         """Wait for what rank 0 says, and return it as numbers (see `command`)."""
-        message = torch.empty(self.depths.stages + 3, dtype=torch.int64)
-        self.wait(self._receive(message, 0, _CONTROL), 0)
-        return message.tolist()
+        command = self._receive(torch.empty(self.depths.stages + 3, dtype=torch.int64), 0, CONTROL)
+        return self.wait(command).tolist()
 
-    def send_report(self, states: torch.Tensor) -> Any:
-        """Send `[1, m, H]` to rank 0; returns the work in progress."""
-        return self._send(states.to(self.home).contiguous(), 0, _REPORT)
+    def send(self, states: torch.Tensor, rank: int, kind: int) -> Message:
+        """Begin to send states `[1, m, H]`, as `REPORT` or `HIDDEN`."""
+        return self._send(states.to(self.home).contiguous(), rank, kind)
 
-    def receive_report(self, shape: Sequence[int], dtype: torch.dtype, rank: int) -> tuple[torch.Tensor, Any]:
-        """Return where the report of a rank will be, and the work in progress."""
-        states = torch.empty(tuple(shape), dtype=dtype, device=self.home)
-        return states, self._receive(states, rank, _REPORT)
-
-    def send_hidden(self, hidden: torch.Tensor, stage: int) -> Any:
-        """Send `hidden` to the rank of a stage; returns the work in progress."""
-        return self._send(hidden.to(self.home).contiguous(), self.owner(stage), _HIDDEN)
-
-    def receive_hidden(self, shape: Sequence[int], dtype: torch.dtype, stage: int) -> tuple[torch.Tensor, Any]:
-        """Return where the hidden states that a stage hands on will be, and the work in progress."""
-        hidden = torch.empty(tuple(shape), dtype=dtype, device=self.home)
-        return hidden, self._receive(hidden, self.owner(stage), _HIDDEN)
+    def receive(self, shape: tuple[int, int, int], dtype: torch.dtype, rank: int, kind: int) -> Message:
+        """Begin to receive states of a shape `[1, m, H]`, as `REPORT` or `HIDDEN`."""
+        return self._receive(torch.empty(shape, dtype=dtype, device=self.home), rank, kind)
 
     def share(self, values: torch.Tensor) -> None:
         """Copy rank 0's int64 `values`, on the CPU, to all others, in place."""
         with self._patience("all ranks"):
             dist.broadcast(values, 0, group=self._group(0))
 
-    def wait(self, work: Any, rank: int) -> None:
-        """Wait until a message has been sent to, or received from, a rank."""
-        with self._patience(f"rank {rank}"):
-            work.wait(self.timeout)
+    def wait(self, message: Message) -> torch.Tensor:
+        """Wait until a message has been sent or received, and return what it holds."""
+        with self._patience(f"rank {message.rank}"):
+            message.work.wait(self.timeout)
+        return message.values
 
-    def _send(self, values: torch.Tensor, rank: int, kind: int) -> Any:
+    def _send(self, values: torch.Tensor, rank: int, kind: int) -> Message:
         with self._patience(f"rank {rank}"):
-            return dist.isend(values, rank, group=self._group(kind), tag=kind)
+            return Message(values, dist.isend(values, rank, group=self._group(kind), tag=kind), rank)
 
-    def _receive(self, values: torch.Tensor, rank: int, kind: int) -> Any:
+    def _receive(self, values: torch.Tensor, rank: int, kind: int) -> Message:
         with self._patience(f"rank {rank}"):
-            return dist.irecv(values, rank, group=self._group(kind), tag=kind)
+            return Message(values, dist.irecv(values, rank, group=self._group(kind), tag=kind), rank)
 
     def _group(self, kind: int) -> Any:
         if self._groups is None:
             raise PipelineRankError("The connection to the other ranks was closed after an error.")
-        return self._groups[0 if kind == _CONTROL else 1]
+        return self._groups[0 if kind == CONTROL else 1]
 
     @contextmanager
     def _patience(self, whom: str) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,8 @@ def load_stage(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    _read_generation_config(model, name_or_path)
+    with suppress(OSError):  # there need not be one
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path)
     model.config._name_or_path = str(name_or_path)
     return cast(PreTrainedModel, model.eval())
 
@@ -128,10 +130,3 @@ def _file(name_or_path: str | Path, name: str) -> Path | None:
         return Path(hf_hub_download(str(name_or_path), name))
     except EntryNotFoundError:
         return None
-
-
-def _read_generation_config(model: PreTrainedModel, name_or_path: str | Path) -> None:
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(name_or_path)
-    except OSError:  # there need not be one
-        return

@@ -20,9 +20,9 @@ from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
 from ....kernels.address import Address
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
-from ...models.layerwise import LayerCall, Layerwise, Recording, Staircase, run_layer
+from ...models.layerwise import LayerCall, Layerwise, Proxy, Recording, Staircase, run_layer
 from ...models.surgery import place_layer
-from ...models.vocabulary import InsideHead, ReducedHead
+from ...models.vocabulary import ReducedHead
 
 
 KIND = "exit_heads"
@@ -71,15 +71,15 @@ class ExitHeads(nn.Module):
         self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
         self.own = nn.ModuleDict()
         if kind != "final":
-            made = [self._make(place, parts, head, width) for place in range(len(layers))]
+            made = [self._make(index, parts, head, width) for index in range(len(layers))]
             self.own.update({str(layer): module for layer, module in zip(layers, made, strict=True)})
         self.own.to(device=weight.device, dtype=weight.dtype)
         # not submodules: the model's own parts are no parameters of the heads
         heads = {layer: self.own[str(layer)] if kind == "full" else self.inside for layer in self.layers}
         self.__dict__.update(norm=parts.norm, tails={layer: parts.tail(head) for layer, head in heads.items()})
 
-    def _make(self, place: int, parts: Layerwise, head: nn.Module, width: int) -> nn.Module:
-        """Return what the exit at `layers[place]` has of its own."""
+    def _make(self, index: int, parts: Layerwise, head: nn.Module, width: int) -> nn.Module:
+        """Return what the exit at `layers[index]` has of its own."""
         if self.kind == "adapter":
             # the last map is zero, so that training begins at the model's own norm and head
             last = nn.Linear(width if self.rank is None else self.rank, width, bias=False)
@@ -90,29 +90,25 @@ class ExitHeads(nn.Module):
             linear = nn.Linear(width, weight.shape[0], bias=False)
             linear.weight.data.copy_(weight.data)
             return linear
-        return _Block(copy.deepcopy(parts.layers[-1]), copy.deepcopy(parts.norm), place, width)
+        return _Block(copy.deepcopy(parts.layers[-1]), copy.deepcopy(parts.norm), index, width)
 
     @property
     def inside(self) -> nn.Module | None:
-        """The model's LM head over the words that can be guessed; `None` where that is the model's own."""
-        return None if self.reduced is None else InsideHead(self.reduced)
+        """The model's LM head over the tokens that can be guessed; `None` where that is the model's own."""
+        return None if self.reduced is None else Proxy(self.reduced, ReducedHead.reduced)
 
     def deepen(self, layer: int, hidden: torch.Tensor, before: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """Return the output `[n, m, H]` of an exit's block.
+        """Return the output `[n, m, H]` of an exit's block for states `[n, m, H]` after `layer` layers.
 
-        Args:
-            hidden (`torch.Tensor` of shape `[n, m, H]`): states after `layer` layers.
-            before (`torch.Tensor` of shape `[n, m, H]`): the LM head's input at the token before each.
-            call (`LayerCall`): what the block's decoder layer gets beside the states.
+        `before` `[n, m, H]` is the LM head's input at the token before each, `call` what the block's decoder layer
+        gets beside the states.
         """
         return cast(_Block, self.own[str(layer)])(hidden, before, call)
 
     def head_input(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Return what the LM head gets, `[..., H]`.
+        """Return what the LM head gets, `[..., H]`, for states `[..., H]` after `layer` layers.
 
-        Args:
-            hidden (`torch.Tensor` of shape `[..., H]`): states after `layer` layers; for kind `"block"`, what `deepen`
-                made of them.
+        For the kind `"block"` the states are what `deepen` made of them.
         """
         if self.kind == "block":
             return cast(torch.Tensor, cast(_Block, self.own[str(layer)]).norm(hidden))
@@ -128,20 +124,17 @@ class ExitHeads(nn.Module):
         return self.score(layer, self.head_input(layer, hidden))
 
     def tokens(self, index: torch.Tensor) -> torch.Tensor:
-        """Return the ids of words by their place among those that can be guessed."""
+        """Return the ids of tokens by their index among those that can be guessed."""
         return index if self.reduced is None else self.reduced.ids[index]
 
     def scatter(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return logits `[..., V]` of all words for logits `[..., F]`."""
+        """Return logits `[..., V]` of all tokens for logits `[..., F]`."""
         return logits if self.reduced is None else self.reduced.scatter(logits)
 
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:
         """Write the heads, in bf16, to a folder that `SpecBoundConfig(adapter=folder)` and `assistant_strategy=` take.
 
-        Args:
-            config (`SpecBoundConfig`): settings to use them with.
-            model (`PreTrainedModel`): that they were made for.
-            notes: what else to record, such as how they were trained.
+        They are for use with `config` and `model`; `notes` are recorded too, such as how they were trained.
         """
         tensors = {name: value.detach().bfloat16() for name, value in self.own.named_parameters()}
         if self.reduced is not None:
@@ -156,9 +149,9 @@ class _Block(nn.Module):
     It begins as a copy of the model's last layer and norm, which already turn states into what the head reads.
     """
 
-    def __init__(self, layer: nn.Module, norm: nn.Module, place: int, width: int) -> None:
+    def __init__(self, layer: nn.Module, norm: nn.Module, index: int, width: int) -> None:
         super().__init__()
-        place_layer(layer, place)
+        place_layer(layer, index)
         self.fuse = nn.Linear(2 * width, width, bias=False)
         self.layer, self.norm = layer, norm
         with torch.no_grad():
@@ -231,12 +224,7 @@ class ExitReader:
     A block reads the states of all tokens, lazily: asked about the newest one, it first reads what it missed. It reads
     tokens of the round in progress with a guess of the LM head's input before them; once verified, they are read again
     with the true one. It begins with the first token that this call runs: an earlier turn's cached ones are not in it.
-
-    Args:
-        heads (`ExitHeads`): the heads.
-        parts (`Layerwise`): the model.
-        window (`int`, *optional*): sliding window of the model's last layer, of which blocks are copies.
-        capacity (`int`): tokens that a text can have.
+    `window` is the sliding window of the model's last layer, of which blocks are copies.
     """
 
     def __init__(self, heads: ExitHeads, parts: Layerwise, window: int | None, capacity: int) -> None:

@@ -36,7 +36,6 @@ from .exit_heads import ExitHeads, ExitReader, check_layers, load_exit_heads
 
 logger = logging.get_logger(__name__)
 
-_MODES = ("sample", "match")
 _TRAINED_ALPHA = 0.3
 _MOST_EXITS = 4
 
@@ -90,8 +89,7 @@ class SpecBoundConfig(SpeculationConfig):
             raise ValueError(f"`exit_layers` must be depths or 'all', got {depths!r}.")
         if isinstance(depths, (list, tuple)) and any(type(depth) is not int for depth in depths):
             raise TypeError(f"`exit_layers` must hold whole numbers, got {depths!r}.")
-        if self.sampling_draft not in _MODES:
-            raise ValueError(f"`sampling_draft` must be one of {', '.join(_MODES)}, got {self.sampling_draft!r}.")
+        self.check_choices(sampling_draft=("sample", "match"))
 
     def depth_bound(self, layers: int) -> int:
         """Return `max_depth` for a model of `layers` layers."""

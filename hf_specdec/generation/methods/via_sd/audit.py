@@ -21,9 +21,6 @@ Emitted = tuple[int, float]
 class Audit:
     """Compares tokens with the model's own choices, once the model reads them.
 
-    Args:
-        rows (`int`): of the batch.
-
     Attributes:
         unread (`list[list[Emitted]]`): per row, what was emitted since the model's last pass.
         missed (`float`): running share of tokens that the model would not have chosen.
@@ -37,7 +34,7 @@ class Audit:
         self.overshoot: list[float] = []
 
     def compare(self, emitted: Sequence[Emitted], scores: torch.Tensor) -> None:
-        """Take note of tokens and the model's processed scores `[m, V]` in their places; m may exceed their number."""
+        """Take note of tokens and the model's processed scores `[m, V]` at them; m may exceed their number."""
         if not emitted:
             return
         distribution = scores[: len(emitted)].float().log_softmax(dim=-1).clamp(min=_LEAST)
@@ -68,13 +65,8 @@ class Audit:
 def tightened(gate: Gate, configured: Gate, missed: float, target: float) -> Gate:
     """Return a gate that is narrower while the model misses too much, and wider again where it misses little.
 
-    It never becomes wider than configured, nor does a pass of the model move it by more than 0.05.
-
-    Args:
-        gate (`Gate`): as it is.
-        configured (`Gate`): as it was at first.
-        missed (`float`): share of tokens that the model would not have chosen,
-        target (`float`): and what is allowed.
+    It never becomes wider than configured, nor does a pass of the model move it by more than 0.05. `missed` is the
+    share of tokens that the model would not have chosen, `target` what is allowed.
     """
     step = 0.05 if missed > target else -0.01 if missed < target / 2 else 0.0
 

@@ -119,15 +119,8 @@ class ViaSDConfig(SpeculationConfig):
 
     def validate(self) -> None:
         """Raise `ValueError` for a value that is out of range, or settings that exclude each other."""
-        choices: dict[str, tuple[str | None, ...]] = {
-            "num_assistant_tokens_schedule": SCHEDULES, "mode": MODES, "lossless_rule": RULES,
-            "escalate_scope": SCOPES, "audit": (*AUDITS, None), "slim_cache": (*CACHES, None),
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}."
-                )
+        self.check_choices(num_assistant_tokens_schedule=SCHEDULES, mode=MODES, lossless_rule=RULES)
+        self.check_choices(escalate_scope=SCOPES, audit=(*AUDITS, None), slim_cache=(*CACHES, None))
         if self.num_assistant_tokens > LONGEST_DRAFT:
             raise ValueError(
                 f"`num_assistant_tokens` must be at most {LONGEST_DRAFT}, got it as {self.num_assistant_tokens}."
@@ -191,11 +184,6 @@ class ViaSDConfig(SpeculationConfig):
     def lossless(self) -> bool:
         """Whether the model decides every token."""
         return not self.tiered or (self.tau_escalate is None and self.bonus_min_conf is None)
-
-    @property
-    def brings_drafter(self) -> bool:
-        """Whether a drafter is named."""
-        return self.drafter is not None
 
 
 _NEVER = 1.01

@@ -1,8 +1,9 @@
-"""The tiers of VIA-SD's slim verifier, and the distributions that they give. Pure functions of tensors."""
+"""The tiers of VIA-SD's slim verifier, the distributions that they give, and what a pass of it says of drafts."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def gate_distribution(draft: torch.Tensor, slim: torch.Tensor, tier: torch.Tenso
 
 
 def prefilter_distribution(draft: torch.Tensor, tier: torch.Tensor) -> torch.Tensor:
-    """Return the sub-probability distribution `[..., V]` of a candidate: the draft in tier A, else nothing."""
+    """Return the distribution `[..., V]`, of mass below 1, of a candidate: the draft in tier A, else nothing."""
     return draft * (tier == ACCEPT)
 
 
@@ -103,3 +104,49 @@ def tiered_distribution(
     refused = (draft * (tier == ESCALATE)).sum(dim=-1, keepdim=True) - kept.sum(dim=-1, keepdim=True)
     redrawn = (draft * (tier == REGENERATE)).sum(dim=-1, keepdim=True)
     return prefilter_distribution(draft, tier) + redrawn * slim + kept + refused * residual_distribution(target, draft)
+
+
+@dataclass
+class Scored:
+    """What a forward says of a block.
+
+    Args:
+        logits (`torch.Tensor` of shape `[n, m, V]`): raw,
+        scores (`torch.Tensor` of shape `[n, m, V]`): and after the caller's processors.
+    """
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass
+class SlimPass(Scored):
+    """What the slim verifier says of a block of drafts `[n, m - 1]`, and of what follows it.
+
+    Args:
+        distribution (`torch.Tensor` of shape `[n, m, V]`, *optional*): S, when sampling.
+        log_ratio (`torch.Tensor` of shape `[n, m, V]`): log r,
+        confidence (`torch.Tensor` of shape `[n, m]`): and M (see `slim_ratio`).
+    """
+
+    distribution: torch.Tensor | None
+    log_ratio: torch.Tensor
+    confidence: torch.Tensor
+
+    def tiers_of(self, drafts: torch.Tensor, gate: Gate, ends: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the tiers `[n, k]` of the drafts `[n, k]`; for `ends` see `tiers`."""
+        parts = (self.log_ratio[:, :-1], self.scores[:, :-1] > -torch.inf)
+        log_ratio, possible = (part.gather(2, drafts[..., None])[..., 0] for part in parts)
+        return tiers(log_ratio, self.confidence[:, :-1], gate, possible=possible, ends=ends)
+
+    def tiers_of_all(self, gate: Gate) -> torch.Tensor:
+        """Return the tiers `[n, k, V]` of the whole vocabulary in place of each draft."""
+        possible = self.scores[:, :-1] > -torch.inf
+        return tiers(self.log_ratio[:, :-1], self.confidence[:, :-1, None], gate, possible=possible)
+
+    def draw(self, width: int) -> torch.Tensor:
+        """Return the slim verifier's own tokens `[n, width]`: the most likely ones, or drawn when sampling."""
+        if self.distribution is None or not width:
+            return self.scores[:, :width].argmax(dim=-1)
+        distribution = self.distribution[:, :width]
+        return torch.multinomial(distribution.flatten(0, 1), 1).view(distribution.shape[:2])

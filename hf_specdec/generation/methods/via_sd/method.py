@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
-from ...drafting import NoDrafter, chosen_drafter, drafter_name
+from ...drafting import chosen_drafter, drafter_name
 from ...runner import Forward
 from ...state import DecodingState
 from ...stats import SpeculationStats
@@ -65,7 +65,7 @@ class ViaSDStrategy(SpeculationStrategy):
         """Return the two tiers before the model."""
         config, chosen = self.config, self.config.drafter
         if chosen == "slim":
-            return SlimDrafter(config, NoDrafter())
+            return SlimDrafter(config, Drafter())
         inner = chosen_drafter(chosen, self.assistant_model, config, config.draft_stop)
         if config.tiered and inner.needs_target_pass_every_round:
             raise ValueError(

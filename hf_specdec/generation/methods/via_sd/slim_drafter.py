@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from ....cache.speculative import SpeculativeCache
 from ....kernels.request import ForwardRequest
 from ... import acceptance
+from ...drafting import Reader
+from ...runner import ModelRunner
 from ...state import DecodingState
 from ...strategy import Draft, Drafter
 from . import laws
 from .config import LONGEST_DRAFT, ViaSDConfig
-from .laws import ACCEPT, ESCALATE, REGENERATE
-from .slim_verifier import SlimPass, SlimVerifier
+from .laws import ACCEPT, ESCALATE, REGENERATE, SlimPass
+from .slim_model import Slim, Units, load_slim, slim_model
+
+
+logger = logging.get_logger(__name__)
+
+
+class ViaSDQualityError(ValueError):
+    """The slim verifier is not known to be good enough for the lossy mode."""
 
 
 class SlimDrafter(Drafter):
     """Drafts in two tiers, for lossless verification: the slim verifier turns a drafter's blocks into candidates.
 
     Blocks follow one another until `stage_len` candidates are gathered. Each candidate comes with the exact
-    distribution that it was drawn from, so whoever judges them is lossless.
-
-    Args:
-        config (`ViaSDConfig`): the settings.
-        inner (`Drafter`): what drafts.
+    distribution that it was drawn from, so whoever judges them is lossless. The slim verifier reads over the target's
+    cache or one of its own. Shared, its keys and values lie where the target's will: the target's next pass writes
+    over them, in all layers.
     """
 
+    units: Units
+    found: Slim
+    runner: ModelRunner
+    reader: Reader | None = None  # of a cache of its own
+
     def __init__(self, config: ViaSDConfig, inner: Drafter) -> None:
-        self.config, self.inner, self.slim = config, inner, SlimVerifier(config)
+        self.config, self.inner = config, inner
         if config.num_assistant_tokens_schedule == "heuristic" and inner.limit is None:
             raise ValueError(
                 "`num_assistant_tokens_schedule='heuristic'` needs a drafter whose drafts may change in number: an "
@@ -39,23 +53,69 @@ class SlimDrafter(Drafter):
             )
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Load drafter, mask and adapter."""
+        """Load drafter, mask and LoRA, and raise `ValueError` for what doesn't fit `model` or each other."""
         self.inner.prepare(model)
-        self.slim.prepare(model)
+        config = self.config
+        if config.adapter is not None:
+            known = load_slim(model, config.adapter)
+            self.units = Units(model, known.granularity)
+        else:
+            self.units = Units(model, "layer")
+            known = Slim("layer", self.units.even(), {})
+            logger.warning_once(
+                f"VIA-SD has no mask for {type(model).__name__} and leaves out evenly spaced layers, which is far "
+                "from the best choice: search one with `hf-specdec calibrate via_sd`."
+            )
+        self.units.check(known.keep)
+        # what is known of the mask was measured in one cache mode, which is the one to decode in
+        wanted = config.slim_cache or known.cache_mode or known.calibration.get("slim_cache", "shared")
+        if known.cache_mode is not None and wanted != known.cache_mode:
+            raise ValueError(
+                f"`slim_cache={wanted!r}` does not fit `adapter={config.adapter!r}`, which was trained for "
+                f"{known.cache_mode!r}."
+            )
+        self.found, self.shared = known, wanted == "shared"
+        self._check_quality()
+
+    def _check_quality(self) -> None:
+        config, agreement = self.config, self.found.calibration.get("agreement")
+        if not config.tiered or config.force:
+            return
+        if agreement is None:
+            raise ViaSDQualityError(
+                "mode='lossy' needs a slim verifier that has been measured: calibrate one with `hf-specdec calibrate "
+                "via_sd` and pass its folder as `adapter`, or set `force=True`."
+            )
+        if agreement < config.min_slim_agreement:
+            raise ViaSDQualityError(
+                f"mode='lossy' needs a slim verifier that agrees with the model on `min_slim_agreement="
+                f"{config.min_slim_agreement}` of the tokens; the one of `adapter={config.adapter!r}` does on "
+                f"{agreement:.3f}. Train it further, skip less, or set `force=True`."
+            )
+
+    def _runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
+        """Return what runs the slim model, which uses the attention that the model uses now, over `cache`."""
+        model = slim_model(state.model, self.units, self.found.keep, self.found.terms)
+        return ModelRunner(model, cache, state.longest, self.units.attentions(self.found.keep))
 
     def setup(self, state: DecodingState) -> None:
-        """Prepare both tiers."""
+        """Prepare both tiers; where the slim verifier has a cache of its own, it reads the prompts now."""
         self.inner.setup(state)
-        self.slim.setup(state, state.longest + self.config.num_assistant_tokens + 1)
-        slim = self.slim
+        self.reader = None
+        if not self.shared:  # with the model's own attention
+            with state.timed("prefill"):
+                capacity = state.longest + self.config.num_assistant_tokens + 1
+                cache = SpeculativeCache(state.windows, len(state.active), capacity, state.target.cache.kernels)
+                self.reader = Reader.read_prompts(state, self._runner(state, cache))
+            state.followers.append(self.reader)
         state.stats.method.update(
             slim_forwards=0,
             drafter_tokens=0,
             drafter_kept=0,
             candidates=0,
             stages=0,
-            slim_cache="shared" if slim.shared else "own",
-            skipped_share=slim.units.share(slim.found.keep),
+            slim_cache="shared" if self.shared else "own",
+            skipped_share=self.units.share(self.found.keep),
         )
 
     def prefill_request(self, state: DecodingState) -> ForwardRequest:
@@ -63,14 +123,33 @@ class SlimDrafter(Drafter):
         return self.inner.prefill_request(state)
 
     def prefill(self, state: DecodingState) -> None:
-        """Let both tiers read the prompts."""
+        """Let the drafter read the prompts, and build the slim model again, now that the package's attention is on."""
         self.inner.prefill(state)
-        self.slim.attach(state)
+        self.runner = self._runner(state, (state.target if self.reader is None else self.reader.runner).cache)
+        if self.reader is not None:
+            self.reader.runner = self.runner
+
+    def read(self, state: DecodingState, drafts: torch.Tensor) -> SlimPass:
+        """Run the slim model over each of the drafts `[n, k]`; m is k + 1, the last entry is about what follows."""
+        if self.reader is None:
+            tokens, starts = state.pending, [count - 1 for count in state.committed]
+        else:
+            tokens, starts = self.reader.unread(state, drafts[:, :0], [0] * len(state.active))
+        tokens = torch.cat([tokens, drafts], dim=1)
+        state.stats.method["slim_forwards"] += 1
+        output = self.runner.forward(tokens, starts)
+        if self.reader is not None:
+            self.reader.known = [start + tokens.shape[1] for start in starts]
+        logits = output.logits[:, -drafts.shape[1] - 1 :].to(state.device)
+        scores = state.process(logits, drafts)
+        distribution = state.distribution(scores) if state.do_sample else None
+        return SlimPass(logits, scores, distribution, *laws.slim_ratio(logits))
 
     def propose(self, state: DecodingState) -> Draft:
         """Gather candidates block by block, each row until it has enough or the model should judge."""
         rooms = state.draft_room(self.config.stage_len + self.config.num_assistant_tokens)
         stages = [_Stage(room, self.config) for room in rooms]
+        rule = {"exact": self._exact, "gate": self._gate, "prefilter": self._prefilter}[self.config.lossless_rule]
         state.stats.method["stages"] += 1
         with ExitStack() as speculation:
             while any(stage.open for stage in stages):
@@ -79,7 +158,7 @@ class SlimDrafter(Drafter):
                 draft = replace(draft, counts=counts)
                 if self.config.lossless_rule != "exact" and not max(draft.counts):
                     break
-                block = self._block(state, draft)
+                block = rule(draft, self.read(state, draft.tokens))
                 new = self._gather(state, draft, block, stages)
                 # as if emitted, so that what drafts and reads next sees it, until the model judges
                 speculation.enter_context(state.text.speculated(new))
@@ -104,12 +183,6 @@ class SlimDrafter(Drafter):
             method["drafter_kept"] += min(block.kept[slot], len(tokens))
         return new
 
-    def _block(self, state: DecodingState, draft: Draft) -> _Block:
-        """Let the slim verifier turn each row's drafts into candidates."""
-        slim = self.slim.read(state, draft.tokens)
-        rule = {"exact": self._exact, "gate": self._gate, "prefilter": self._prefilter}[self.config.lossless_rule]
-        return rule(draft, slim)
-
     def _exact(self, draft: Draft, slim: SlimPass) -> _Block:
         """Make candidates that follow the slim verifier's own distribution."""
         counts = draft.counts_on_device
@@ -127,16 +200,16 @@ class SlimDrafter(Drafter):
         leading = passed.long().cumprod(dim=1).sum(dim=1)
         kept, dropped = leading.tolist(), (leading < draft.counts_on_device).tolist()
         if slim.distribution is not None:
-            p = distributions_of(draft, slim.scores.shape[-1])
+            p = draft.distributions_over(slim.scores.shape[-1])
             distributions = laws.prefilter_distribution(p, slim.tiers_of_all(gate))
-        return _Block(tokens, kept, kept, slim.confidence, distributions, closed=dropped, dropped=dropped)
+        return _Block(tokens, kept, kept, slim.confidence, distributions, dropped=dropped)
 
     def _gate(self, draft: Draft, slim: SlimPass) -> _Block:
         """Make candidates by the paper's tiers: B draws anew, C closes the stage."""
         tokens, k, gate, distributions = draft.tokens, draft.tokens.shape[1], self.config.gate, None
         tier = slim.tiers_of(tokens, gate)
         if slim.distribution is not None:
-            p = distributions_of(draft, slim.scores.shape[-1])
+            p = draft.distributions_over(slim.scores.shape[-1])
             distributions = laws.gate_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(gate))
         new = torch.where(tier == REGENERATE, slim.draw(k), tokens)
         same = (new == tokens) & _real(draft)
@@ -162,7 +235,8 @@ class SlimDrafter(Drafter):
     def commit(self, state: DecodingState) -> None:
         """Let both tiers take note of the text."""
         self.inner.commit(state)
-        self.slim.commit(state)
+        if self.reader is not None:
+            self.reader.commit(state)
 
     def close(self, state: DecodingState) -> None:
         """Release what the inner drafter took."""
@@ -171,39 +245,20 @@ class SlimDrafter(Drafter):
 
 @dataclass
 class _Block:
-    """What the slim verifier made of one block, per row.
+    """What the slim verifier made of one block, per row."""
 
-    Args:
-        tokens (`torch.Tensor` of shape `[n, m]`): candidates,
-        counts (`list[int]`): how many of them are real.
-        kept (`list[int]`): leading drafts among them.
-        confidence (`torch.Tensor` of shape `[n, >= m]`): M at each candidate.
-        distributions (`torch.Tensor` of shape `[n, >= m, V]`, *optional*): of the candidates, when sampling.
-        closed (`list[bool]`): whether the model should judge now; nowhere by default.
-        dropped (`list[bool]`): whether a dropped draft leaves a distribution after the last candidate; nowhere by
-            default.
-    """
-
-    tokens: torch.Tensor
-    counts: list[int]
-    kept: list[int]
-    confidence: torch.Tensor
-    distributions: torch.Tensor | None = None
-    closed: list[bool] = field(default_factory=list)
-    dropped: list[bool] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.closed = self.closed or [False] * len(self.counts)
-        self.dropped = self.dropped or [False] * len(self.counts)
+    tokens: torch.Tensor  # candidates `[n, m]`
+    counts: list[int]  # how many of them are real
+    kept: list[int]  # leading drafts among them
+    confidence: torch.Tensor  # M at each candidate, `[n, >= m]`
+    distributions: torch.Tensor | None = None  # of the candidates, `[n, >= m, V]`, when sampling
+    closed: list[bool] | None = None  # whether the model should judge now; nowhere by default
+    # the same, because a draft was dropped, which leaves its distribution after the last candidate
+    dropped: list[bool] | None = None
 
 
 class _Stage:
-    """One row's candidates since the model last judged.
-
-    Args:
-        room (`int`): candidates at most.
-        config (`ViaSDConfig`): the settings.
-    """
+    """One row's candidates since the model last judged, `room` at most."""
 
     def __init__(self, room: int, config: ViaSDConfig) -> None:
         self.room, self.config, self.open = room, config, room > 0
@@ -213,37 +268,26 @@ class _Stage:
     def take(self, block: _Block, slot: int, ends: list[bool], confidence: list[float]) -> list[int]:
         """Add the candidates of one slot, up to the room and an end of the text; return them.
 
-        Args:
-            ends (`list[bool]`): which of the block's tokens end the text.
-            confidence (`list[float]`): M at each.
+        `ends` says which of the block's tokens end the text, `confidence` gives M at each.
         """
         count = min(block.counts[slot], self.room - len(self.tokens))
         end = next((index + 1 for index in range(count) if ends[index]), None)
         whole = count == block.counts[slot] and end is None
         count = count if end is None else end
-        if block.distributions is not None:  # with prefilter, a dropped draft leaves its distribution
-            self.distributions += block.distributions[slot, : count + (whole and block.dropped[slot])]
+        dropped = block.dropped is not None and block.dropped[slot]
+        if block.distributions is not None:
+            self.distributions += block.distributions[slot, : count + (whole and dropped)]
         new = block.tokens[slot, :count].tolist()
         self.tokens += new
         sure = count > 0 and confidence[count - 1] >= self.config.stage_stop_conf
         short = len(self.tokens) < min(self.config.stage_len, self.room)
-        self.open = whole and sure and short and not block.closed[slot]
+        self.open = whole and sure and short and not dropped and not (block.closed and block.closed[slot])
         return new
 
 
 def _real(draft: Draft) -> torch.Tensor:
     """Return which of the drafts `[n, k]` are real."""
     return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.counts_on_device[:, None]
-
-
-def distributions_of(draft: Draft, width: int) -> torch.Tensor:
-    """Return the drafter's distributions `[n, k, width]`, point masses where the drafts are certain."""
-    return point_masses(draft.tokens, width) if draft.distributions is None else draft.distributions
-
-
-def point_masses(tokens: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the distributions `[n, k, V]` of drafts `[n, k]` that are certain."""
-    return torch.zeros(*tokens.shape, width, device=tokens.device).scatter_(2, tokens[..., None], 1.0)
 
 
 def _padded_distributions(

@@ -178,15 +178,10 @@ LowRankTerms = dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 def slim_model(
     model: PreTrainedModel, units: Units, keep: Sequence[bool], terms: LowRankTerms | None = None
 ) -> PreTrainedModel:
-    """Return the model without some units. It shares all weights; the model is not changed.
+    """Return the model without the units that `keep` leaves out. It shares all weights; the model is not changed.
 
-    The copy belongs to the attention implementation that is set when it is made.
-
-    Args:
-        model (`PreTrainedModel`): the whole model.
-        units (`Units`): its units.
-        keep (`list[bool]`): per unit, whether it stays.
-        terms (`LowRankTerms`, *optional*): an adapter, for linear modules of units that stay.
+    The copy belongs to the attention implementation that is set when it is made. `terms` are an adapter, for linear
+    modules of units that stay.
     """
     changes: dict[int, nn.Module] = {}
     for name, (down, up, scale) in (terms or {}).items():

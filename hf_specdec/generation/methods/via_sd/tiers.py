@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,32 @@ from ...strategy import Draft, StepResult
 from . import laws
 from .audit import Audit, Emitted, tightened
 from .config import ViaSDConfig
-from .laws import ACCEPT, ESCALATE, REGENERATE
-from .schedule import RoundSchedule
-from .slim_drafter import SlimDrafter, distributions_of
-from .slim_verifier import Scored, SlimPass
+from .laws import ACCEPT, ESCALATE, REGENERATE, Scored, SlimPass
+from .slim_drafter import SlimDrafter
+
+
+class RoundSchedule:
+    """Says of each round in turn whether it is tiered.
+
+    Args:
+        level (`float`): share of the rounds that are tiered; the others are spread evenly.
+        limit (`int`, *optional*): tokens of a row that the model has not read, from which on it has to.
+    """
+
+    def __init__(self, level: float, limit: int | None) -> None:
+        self.level, self.limit, self.rounds = level, limit, 0
+
+    def next(self, unread: Sequence[int]) -> str:
+        """Return what the next round is, for how many tokens of each row the model has not read.
+
+        It is `"tiered"`, or verified by the model: `"strict"` by the share or `"forced"` by the limit.
+        """
+        share = 1 - self.level
+        before, after = (math.floor(rounds * share + 1e-9) for rounds in (self.rounds, self.rounds + 1))
+        self.rounds += 1
+        if after > before:
+            return "strict"
+        return "forced" if self.limit is not None and max(unread) >= self.limit else "tiered"
 
 
 @dataclass
@@ -56,11 +79,6 @@ class Decision:
 
 class Tiers:
     """Rounds of tiers, for the rows of one call.
-
-    Args:
-        config (`ViaSDConfig`): the settings.
-        drafter (`SlimDrafter`): what drafts, and the slim verifier.
-        state (`DecodingState`): the call.
 
     Attributes:
         gate (`Gate`): as the audit has tightened it.
@@ -111,7 +129,7 @@ class Tiers:
 
     def _decide(self, state: DecodingState, draft: Draft) -> list[Decision]:
         """Decide each row's drafts by the slim verifier, up to where the model has to."""
-        slim = self.drafter.slim.read(state, draft.tokens)
+        slim = self.drafter.read(state, draft.tokens)
         tier, own = self._tiers(state, draft, slim)
         given = torch.ones_like(draft.tokens, dtype=torch.float32)
         if draft.distributions is not None:
@@ -144,7 +162,7 @@ class Tiers:
             # what the processors exclude is drawn anew
             return torch.where(tier == ACCEPT, ACCEPT, REGENERATE), own
         # speculative sampling against the distribution of tiers A and B
-        p = distributions_of(draft, slim.scores.shape[-1])
+        p = draft.distributions_over(slim.scores.shape[-1])
         both = laws.coupled_distribution(p, slim.distribution[:, :k], slim.tiers_of_all(self.gate))
         judge = torch.cat([both, slim.distribution[:, k:]], dim=1)
         verdict = acceptance.speculative_sample(tokens, draft.counts_on_device, judge, p)
@@ -275,7 +293,7 @@ def _decided(
         slim (`Scored`): its forward, for the record.
         tier, drafted, given, ends (`list`, k entries): of each draft its tier, token, probability, and whether it
             ends the text.
-        own, drawn, bonus (`list`, k + 1 entries): the slim verifier's own token in each place, its probability, and
+        own, drawn, bonus (`list`, k + 1 entries): the slim verifier's own token at each index, its probability, and
             whether it may be emitted after drafts that all stayed.
     """
     decision = Decision()
