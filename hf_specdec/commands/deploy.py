@@ -12,11 +12,7 @@ import typer
 from .console import console
 
 
-export_app = typer.Typer(
-    help="Write a strategy in a form that works without this package's keyword.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+export_app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 class Reasoning(str, Enum):
