@@ -59,10 +59,7 @@ def push_folder(
         folder (`str` or `Path`): as `save_pretrained` or a training writes it.
         config (`SpeculationConfig`): the settings in it.
         repo_id (`str`): the repository, made where needed.
-        token (`str` or `bool`, *optional*): that may write; by default that of `hf auth login`.
-        private (`bool`, *optional*): visibility of a repository that is made.
-        revision (`str`, *optional*): branch to upload to, made where needed; the main one by default.
-        commit_message (`str`, *optional*): of the commit.
+        token, private, revision, commit_message: as for `SpeculationConfig.push_to_hub`.
         results (`Results`, *optional*): measurements for the card.
 
     Raises:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from ..generation.models.layerwise import Layerwise, Staircase, watched
 from ..generation.models.surgery import decoder_layers
 from ..generation.runner import ModelRunner
 from ..kernels.dispatch import register, speculative_attention
+from ..training.data import Sampling, answers
 from .run import Arm, measure
 
 
@@ -218,20 +218,20 @@ def profile_specbound(
         for _ in range(repeats):
             for count in range(1, width + 2):
                 staircase.restart(length)
-                with _timed(times, f"token {count}"):
+                with clocked(times, f"token {count}"):
                     for _ in range(count):
                         staircase.push(token)
-                with _timed(times, f"layer {count}"):
+                with clocked(times, f"layer {count}"):
                     while staircase.depths[-1] < len(parts.layers):
                         staircase.advance()
-                with _timed(times, f"head {count}"):
+                with clocked(times, f"head {count}"):
                     tail(parts.norm(staircase.states[:, :count])).argmax(dim=-1).tolist()
             exit_at = heads.layers[0]
             staircase.restart(length)
             staircase.push(token)
             for depth in heads.layers:
                 reader.note(depth, staircase, 0)
-            with _timed(times, "test"):
+            with clocked(times, "test"):
                 bool(annealed_confidence(reader.logits(exit_at, staircase), 1.1) >= 1)
             reader.commit(1, staircase, staircase.states[:, :1])
     middle = {name: statistics.median(values[1:]) for name, values in times.items()}
@@ -243,7 +243,8 @@ def profile_specbound(
 
 
 @contextmanager
-def _timed(times: dict[str, list[float]], name: str) -> Iterator[None]:
+def clocked(times: dict[str, list[float]], name: str) -> Iterator[None]:
+    """Note under a name how many milliseconds the block takes."""
     start = time.perf_counter()
     yield
     times.setdefault(name, []).append(1000 * (time.perf_counter() - start))
@@ -280,13 +281,9 @@ def calibrate_specbound(
         heads = ExitHeads(model, config.exits(depth, None), "final")
     traces = []
     for prompt in prompts:
-        text = cast(Any, model).generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            assistant_strategy="plain",
-        )
+        row = prompt[0].tolist()
+        (answer,) = answers(model, [row], Sampling(0.0, max_new_tokens=new_tokens), {"assistant_strategy": "plain"})
+        text = torch.tensor([[*row, *answer]], device=prompt.device)
         traces.append(trace_exits(model, heads, text, prompt.shape[1]))
         progress("text")
     costs = profile_specbound(model, heads, prompts[0])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from ..generation.models.vocabulary import pad_vocabulary
 from ..generation.runner import ModelRunner
 from ..kernels.dispatch import register, speculative_attention
 from ..training.scoring import SlimScorer, margin_cost
+from .calibrate_specbound import clocked
 
 
 GAMMAS = range(1, 17)
@@ -193,17 +193,15 @@ def measure_costs(
         twin = slim_model(model, units, slim.keep, slim.terms)
         runners["slim"] = ModelRunner(twin, runners["full"].cache, room, units.attentions(slim.keep))
         cases = [("draft", 1), *((name, count) for count in range(1, width + 1) for name in ("full", "slim"))]
-        for repeat in range(repeats + 1):
+        for _ in range(repeats + 1):
             for name, count in cases:
                 tokens = prompt[:, -1:].expand(1, count)
                 if prompt.device.type == "cuda":
                     torch.cuda.synchronize()
-                start = time.perf_counter()
-                runners[name].forward(tokens, [length]).logits.argmax(dim=-1).tolist()
-                if repeat:
-                    times.setdefault(f"{name} {count}", []).append(time.perf_counter() - start)
+                with clocked(times, f"{name} {count}"):
+                    runners[name].forward(tokens, [length]).logits.argmax(dim=-1).tolist()
             progress("costs")
-    middle = {name: statistics.median(values) for name, values in times.items()}
+    middle = {name: statistics.median(values[1:]) for name, values in times.items()}
     one = middle["full 1"]
     full, lean = ([middle[f"{name} {count}"] / one for count in range(1, width + 1)] for name in ("full", "slim"))
     return Costs(middle["draft 1"] / one, lean, full)

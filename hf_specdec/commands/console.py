@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..generation.models.draft_model import load_assistant
 from ..training.settings import option
@@ -81,10 +81,7 @@ def bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 def figures_table(title: str, *headings: str) -> Table:
     """Return a table of figures: every column on the right."""
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+    return Table(*(Column(heading, justify="right") for heading in headings), title=title)
 
 
 def write_json(path: Path, measurements: list[Any]) -> None:

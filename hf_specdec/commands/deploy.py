@@ -14,24 +14,8 @@ from .console import console
 
 export_app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-
-class Reasoning(str, Enum):
-    """Values of `--reasoning`."""
-
-    ON = "on"
-    OFF = "off"
-    AUTO = "auto"
-
-
-class LogLevel(str, Enum):
-    """Values of `--log-level`."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
+Reasoning = Enum("Reasoning", {"ON": "on", "OFF": "off", "AUTO": "auto"}, type=str)
+LogLevel = Enum("LogLevel", {"DEBUG": "debug", "INFO": "info", "WARNING": "warning", "ERROR": "error"}, type=str)
 Strategy = Annotated[str, typer.Argument(help="A strategy's name or preset, or a folder or Hub repository with one.")]
 
 
