@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -30,13 +30,6 @@ CARD_NAME = "README.md"
 _ARCHIVES = (".tar", ".zip", ".npy", ".npz", ".h5", ".msgpack", ".onnx", ".gguf")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", *_ARCHIVES)
 _LEFT_BEHIND = (".", "__", "checkpoint")  # hidden, caches, and what a training resumes from
-
-
-class Savable(Settings, Protocol):
-    """Settings that write themselves to a folder."""
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the settings, the adapter that they name, and a card."""
 
 
 def push_folder(
@@ -93,7 +86,7 @@ def push_folder(
     return str(info.commit_url)
 
 
-def push_config(config: Savable, repo_id: str, *, revision: str | None = None, **options: Any) -> str:
+def push_config(config: Settings, repo_id: str, *, revision: str | None = None, **options: Any) -> str:
     """Do what `SpeculationConfig.push_to_hub` says."""
     with TemporaryDirectory() as folder:
         with _explained(repo_id):

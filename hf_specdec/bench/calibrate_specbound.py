@@ -134,7 +134,7 @@ def replay(
     first, later = ([_outcomes(trace, step, exits, alpha, tau) for trace in traces] for step in (0, 1))
     leaving = [exit_at for positions in later for exit_at, _ in positions if exit_at]
     share = len(leaving) / max(sum(map(len, later)), 1)
-    passing = [costs.layer[0] * exit_at + costs.test * _tests(exits, exit_at) for exit_at in leaving]
+    passing = [costs.layer[0] * exit_at + costs.test * (exits.index(exit_at) + 1) for exit_at in leaving]
     further = costs.token + statistics.mean(passing or [0])
     spent = 0.0
     rounds = tokens = drafted = accepted = depths = 0
@@ -152,7 +152,7 @@ def replay(
             spent += costs.round + costs.token * (len(passed) + 1)
             spent += _layer_times(tuple(passed), depth, tuple(costs.layer))
             spent += costs.head[min(len(passed), len(costs.head) - 1)]
-            spent += costs.test * (sum(_tests(exits, exit_at) for exit_at in passed) + len(exits) * difficult)
+            spent += costs.test * (sum(exits.index(exit_at) + 1 for exit_at in passed) + len(exits) * difficult)
             if not right:  # what follows a wrong draft is not known
                 spent += further * sum(share**more for more in range(1, room - len(passed) + 1))
             kept = len(passed) - (not right)
@@ -173,10 +173,6 @@ def _outcomes(trace: Trace, step: int, exits: Sequence[int], alpha: float, tau: 
         next(((layer, hits[at]) for layer, sure, hits in columns if sure[at] >= tau), (0, True))
         for at in range(len(trace))
     ]
-
-
-def _tests(exits: Sequence[int], exit_at: int) -> int:
-    return exits.index(exit_at) + 1
 
 
 @functools.cache

@@ -349,13 +349,9 @@ def environment() -> dict[str, Any]:
     """Return what a figure has to be read with: versions, device and threads."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "hf_specdec": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
+        "hf_specdec": __version__, "transformers": transformers.__version__, "torch": torch.__version__,
+        "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
 def _processor() -> str:

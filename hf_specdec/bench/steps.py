@@ -114,9 +114,6 @@ class Acceptance:
     batch: int
 
 
-# shapes
-
-
 def shape_config(name: str) -> PreTrainedConfig:
     """Return the config of a shape; raise `ValueError` with the allowed names for an unknown one."""
     if name not in SHAPES:
@@ -200,9 +197,6 @@ def free_bytes(device: torch.device) -> int:
         return 1 << 62
 
 
-# acceptance
-
-
 def read_acceptance(path: Path) -> list[Acceptance]:
     """Return the tokens per step in a file that `hf-specdec bench --json` wrote.
 
@@ -252,9 +246,6 @@ def modelled_speedup(
 ) -> float:
     """Return tau * t_static / (gamma * t_draft + t_verify + t_rest): the speed-up over the static arm per column."""
     return tokens_per_step * static_ms / (drafts * draft_ms + verify_ms + rest_ms)
-
-
-# measuring
 
 
 def default_arms(device: torch.device) -> list[str]:

@@ -29,7 +29,7 @@ from ..generation.models.adapters import remember
 from ..generation.models.vocabulary import pad_vocabulary, vocabulary_width
 from ..generation.runner import head_input
 from .data import Sampling, answers
-from .distill import Report, plain, read_checkpoint, write_checkpoint
+from .distill import Report, read_checkpoint, write_checkpoint
 from .rewards import Reward
 from .settings import at_least, option
 from .tasks import Score, evaluate, prompt_ids
@@ -255,7 +255,7 @@ class _Run:
         apart = self.settings.held_out
         self.held_out, self.train = list(self.items[:apart]), list(self.items[apart:])
         # what a checkpoint must share with the run that goes on from it
-        self.made_with = plain({**asdict(self.settings), "items": len(self.items)})
+        self.made_with = {**asdict(self.settings), "items": len(self.items)}
         self.found: list[dict[str, Any]] = []
         self.state: dict[str, Any] = {}
 

@@ -155,8 +155,6 @@ class _Search:
         self._save()
         return self.seen.best
 
-    # proposals
-
     def _seeds(self) -> list[Mask]:
         """Return what the search begins with: even, the later middle, attention first, and random masks."""
         free, ratio, by = self.units.free, self.settings.skip_ratio, self.settings.skip_budget_by
@@ -211,8 +209,6 @@ class _Search:
         normal, gap = torch.distributions.Normal(0.0, 1.0), (values.min() - mean) / spread - middle
         gain = gap * normal.cdf(gap / deviation) + deviation * normal.log_prob(gap / deviation).exp()
         return candidates[int(gain.argmax())]
-
-    # scoring
 
     def _race(self, mask: Mask) -> bool:
         """Score a mask, as long as it may still be the best; return whether it is."""
@@ -275,8 +271,6 @@ class _Search:
     def _out_of_time(self) -> bool:
         minutes = self.settings.minutes
         return minutes is not None and time.perf_counter() - self.start >= 60 * minutes
-
-    # resuming
 
     def _save(self) -> None:
         seen = self.seen
