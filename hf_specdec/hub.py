@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -32,13 +32,6 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", "
 _LEFT_BEHIND = (".", "__", "checkpoint")  # hidden, caches, and what a training resumes from
 
 
-class Savable(Settings, Protocol):
-    """Settings that write themselves to a folder."""
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the settings, the adapter that they name, and a card."""
-
-
 def push_folder(
     folder: str | Path,
     config: Settings,
@@ -59,10 +52,7 @@ def push_folder(
         folder (`str` or `Path`): as `save_pretrained` or a training writes it.
         config (`SpeculationConfig`): the settings in it.
         repo_id (`str`): the repository, made where needed.
-        token (`str` or `bool`, *optional*): that may write; by default that of `hf auth login`.
-        private (`bool`, *optional*): visibility of a repository that is made.
-        revision (`str`, *optional*): branch to upload to, made where needed; the main one by default.
-        commit_message (`str`, *optional*): of the commit.
+        token, private, revision, commit_message: as for `SpeculationConfig.push_to_hub`.
         results (`Results`, *optional*): measurements for the card.
 
     Raises:
@@ -96,7 +86,7 @@ def push_folder(
     return str(info.commit_url)
 
 
-def push_config(config: Savable, repo_id: str, *, revision: str | None = None, **options: Any) -> str:
+def push_config(config: Settings, repo_id: str, *, revision: str | None = None, **options: Any) -> str:
     """Do what `SpeculationConfig.push_to_hub` says."""
     with TemporaryDirectory() as folder:
         with _explained(repo_id):
@@ -114,8 +104,6 @@ def check_folder(folder: Path) -> list[str]:
         FileNotFoundError: if the config, or a file that it names, is not there.
         ValueError: for settings that don't load, and for weights that they don't name or of another format.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(folder)!r} is no folder; push one that `save_pretrained` or a training wrote.")
     named = artefacts.files_of(artefacts.read_values(folder), folder, only_inside=True)
     artefacts.check_files(folder, named)
     for name in named:
@@ -163,6 +151,3 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise OSError(f"Nothing was uploaded to the Hub repository {repo_id!r}. {advice} ({error})") from error
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         raise OSError(f"The Hub was not reached, so nothing was uploaded to {repo_id!r}: {error}") from error
-
-
-# with a model

@@ -25,10 +25,8 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: str | list[str]) -> list
     """Return the ids of a prompt that asks for the answer to a user's message.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer. Without a chat template the message itself is the prompt.
-        turns (`str` or `list[str]`):
-            The message. Of a list the first is taken: later turns need the answer to it.
+        tokenizer (`PreTrainedTokenizerBase`): the model's. Without a chat template the message itself is the prompt.
+        turns (`str` or `list[str]`): the message. Of a list the first is taken: later turns need the answer to it.
     """
     message = turns if isinstance(turns, str) else turns[0]
     if tokenizer.chat_template is None:
@@ -40,12 +38,10 @@ def long_text(tokenizer: PreTrainedTokenizerBase, tokens: int, offset: int = 0) 
     """Return a passage of the Python documentation, `tokens` tokens long.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Counts the tokens.
-        tokens (`int`):
-            Length of the passage.
-        offset (`int`, *optional*, defaults to 0):
-            Which passage: each begins at the first paragraph after the end of the one before.
+        tokenizer (`PreTrainedTokenizerBase`): counts the tokens.
+        tokens (`int`): length of the passage.
+        offset (`int`, *optional*, defaults to 0): which passage: each begins at the first paragraph after the end of
+            the one before.
     """
     return str(tokenizer.decode(_passage(tokenizer, tokens, offset)))
 
@@ -56,14 +52,11 @@ def long_prompt(
     """Return the ids of a chat prompt, exactly `tokens` long, that asks about a passage of the Python documentation.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer.
-        tokens (`int`):
-            Length of the whole prompt, template and question included.
-        offset (`int`, *optional*, defaults to 0):
-            Which passage, see [`long_text`]; prompts of different offsets share no text but template and question.
-        question (`str`, *optional*):
-            What is asked, placed after the passage. A request for a summary by default.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        tokens (`int`): length of the whole prompt, template and question included.
+        offset (`int`, *optional*, defaults to 0): which passage, see [`long_text`]; prompts of different offsets share
+            no text but template and question.
+        question (`str`, *optional*): what is asked, placed after the passage; by default a summary.
     """
     head, tail = _frame(tokenizer, question)
     length = tokens - len(head) - len(tail)
@@ -82,8 +75,7 @@ def load_prompts(path: str | PathLike[str]) -> list[list[str]]:
     `question` or `text` (one message).
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file. Empty lines are passed over, other fields are not read.
+        path (`str` or `os.PathLike`): the file. Empty lines are passed over, other fields are not read.
 
     Returns:
         `list[list[str]]`: the user's messages of each prompt.

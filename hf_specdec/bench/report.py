@@ -24,11 +24,7 @@ def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
 
 
 def table(measurements: Sequence[Measurement], width: int = 200) -> Table:
-    """Return one table of the arms at one (context, batch); the step times are left out where `width` is narrow.
-
-    Args:
-        width (`int`, *optional*, defaults to 200): columns of the terminal.
-    """
+    """Return one table of the arms at one (context, batch); a terminal of few columns, `width`, gets no step times."""
     base = fastest_stock(measurements)
     plain = next((m for m in measurements if m.name == "plain"), None)
     columns: dict[str, Callable[[Measurement], str]] = {
@@ -58,11 +54,9 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def kernel_table(rows: Sequence[KernelRow], bandwidth: float, width: int = 200) -> Table:
-    """Return a table of kernels; sizes and absolute errors are left out where `width` is narrow.
+    """Return a table of kernels, without sizes and absolute errors on a terminal of few columns, `width`.
 
-    Args:
-        bandwidth (`float`): rate of a copy, in 1e9 bytes per second.
-        width (`int`, *optional*, defaults to 200): columns of the terminal.
+    The rate of a copy, `bandwidth`, is in 1e9 bytes per second.
     """
     title = f"kernels; a copy moves {bandwidth:.1f} GB/s, bytes read and bytes written both counted"
     columns: dict[str, Callable[[KernelRow], str]] = {
@@ -91,7 +85,7 @@ def _sdpa_ratio(row: KernelRow, rows: Sequence[KernelRow]) -> float | None:
 
 
 def step_table(rows: Sequence[StepRow], width: int = 200) -> Table:
-    """Return a table of one shape's step times; parts and floors are left out where `width` is narrow.
+    """Return a table of one shape's step times, without parts and floors on a terminal of few columns, `width`.
 
     The last two columns are there where tokens per step were given.
     """

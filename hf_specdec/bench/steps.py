@@ -114,9 +114,6 @@ class Acceptance:
     batch: int
 
 
-# shapes
-
-
 def shape_config(name: str) -> PreTrainedConfig:
     """Return the config of a shape; raise `ValueError` with the allowed names for an unknown one."""
     if name not in SHAPES:
@@ -200,9 +197,6 @@ def free_bytes(device: torch.device) -> int:
         return 1 << 62
 
 
-# acceptance
-
-
 def read_acceptance(path: Path) -> list[Acceptance]:
     """Return the tokens per step in a file that `hf-specdec bench --json` wrote.
 
@@ -254,9 +248,6 @@ def modelled_speedup(
     return tokens_per_step * static_ms / (drafts * draft_ms + verify_ms + rest_ms)
 
 
-# measuring
-
-
 def default_arms(device: torch.device) -> list[str]:
     """Return the arms' names: stock static, plain steps and Vegas, in CUDA graphs where there are any."""
     graphs = "compile=graphs+inductor" if device.type == "cuda" else ""
@@ -277,7 +268,7 @@ def measure_shape(
     progress: Callable[[str], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[list[StepRow]]:
-    """Yield one shape's step times at each (context, batch) that fits the memory.
+    """Yield one shape's step times at each (context, batch) that fits the memory, where one arm runs at a time.
 
     Args:
         shape (`str`): key of `SHAPES`.
@@ -300,51 +291,38 @@ def measure_shape(
             note(f"left out: {shape} at {context} tokens x {batch} needs {needed / 1e9:.3f} GB of {memory / 1e9:.3f}")
     model = build(probe.config, dtype, device) if fitting else probe
     for context, batch in fitting:
-        rows = _measure(shape, model, context, batch, arms, new_tokens, repeats, acceptance, progress, note)
-        for row in rows:
+        ids = torch.randint(model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
+        ids, cache, rows = ids.to(device), random_cache(model, batch, context - 1), []
+        for arm in arms:
+            _forget_compiled(model)
+            try:
+                found = measure(model, ids, [arm], new_tokens, repeats, progress, cache=cache)
+                reason = "it is limited to one row"
+            except torch.cuda.OutOfMemoryError:
+                found, reason = [], "the device is out of memory"
+            if not found:
+                note(f"left out: {arm.name}, {shape} at {context} tokens x {batch}: {reason}")
+                continue
+            row = _row(shape, arm, found[0], context, batch, acceptance)
             row.weights_ms = weight_bytes(model)[1] / bandwidth / 1e6
             row.kv_ms = batch * context * kv_bytes(model.config, dtype) / bandwidth / 1e6
+            if arm.static:
+                row.compiled = "_compiled_call" in vars(model)
+                if device.type == "cuda" and not row.compiled:
+                    note("generate() did not compile the static arm, so it is no fair baseline here.")
+            rows.append(row)
+        _forget_compiled(model)
+        _model_speedups(rows)
         yield rows
 
 
-def _measure(
-    shape: str,
-    model: PreTrainedModel,
-    context: int,
-    batch: int,
-    arms: Sequence[Arm],
-    new_tokens: int,
-    repeats: int,
-    acceptance: Sequence[Acceptance],
-    progress: Callable[[str], None],
-    note: Callable[[str], None],
-) -> list[StepRow]:
-    """Time the arms one after another from a random cache, so that only one of them takes memory at a time."""
-    ids = torch.randint(model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
-    ids, cache, rows = ids.to(model.device), random_cache(model, batch, context - 1), []
-    for arm in arms:
-        _forget_compiled(model)
-        try:
-            found = measure(model, ids, [arm], new_tokens, repeats, progress, cache=cache)
-        except torch.cuda.OutOfMemoryError:
-            note(f"left out: {arm.name}, {shape} at {context} tokens x {batch}: the device is out of memory")
-            continue
-        if not found:
-            note(f"left out: {arm.name}, {shape} at {context} tokens x {batch}: it is limited to one row")
-            continue
-        row = _row(shape, arm, found[0], context, batch, acceptance)
-        if arm.static:
-            row.compiled = "_compiled_call" in vars(model)
-            if model.device.type == "cuda" and not row.compiled:
-                note("generate() did not compile the static arm, so it is no fair baseline here.")
-        rows.append(row)
-    _forget_compiled(model)
+def _model_speedups(rows: Sequence[StepRow]) -> None:
+    """Note the modelled speed-up of every row that has what it takes, over the static arm of the same size."""
     static = next((row for row in rows if row.name == "static"), None)
     for row in rows:
         gamma, tau, draft, verify = row.num_assistant_tokens, row.tokens_per_step, row.draft_ms, row.verify_ms
         if static is not None and gamma and tau and draft is not None and verify is not None:
             row.modelled = modelled_speedup(tau, gamma, draft, verify, row.rest_ms or 0.0, static.ms_per_token)
-    return rows
 
 
 def _row(
