@@ -39,7 +39,7 @@ test-all: $(VENV)/.test $(VENV)/.smollm2  ## run all tests; with ARGS='-m full' 
 
 gpu: $(VENV)/.test $(VENV)/.smollm2  ## on a machine with a GPU: the kernels' tests, then measurements into gpu-results/
 	$(BIN)/python -m pytest -m native -n 4 --dist worksteal
-	$(BIN)/python -m hf_specdec.bench.gpu --out gpu-results $(ARGS)
+	$(BIN)/python tests/gpu/measure.py --out gpu-results $(ARGS)
 
 docs: $(VENV)/.docs  ## build the documentation into site/, and fail on anything broken
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..generation.models.draft_model import load_assistant
 from .console import (
-    Device,
-    Dtype,
-    Model,
-    advancing,
+    SMOLLM2,
+    Target,
+    bar,
     console,
     load_model,
+    load_second,
     numbers,
-    progress_bar,
     read_prompts,
+    torch_dtype,
     write_json,
 )
 
@@ -88,31 +87,25 @@ def bench(
     shapes: _Shapes = None,
     acceptance: _Acceptance = None,
     memory: _Memory = None,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Time strategies against stock generate() in one run, from one prefill per batch; or kernels and steps."""
     from ..bench.ablations import specbound_arms
     from ..bench.run import make_arm
     from ..texts import chat_ids, long_batch
 
-    _refuse(
-        kernels,
-        {"--prompts": prompts, "--limit": limit, "--ablate": ablate, "--assistant": assistant, "--model": model},
-        {"--shapes": shapes, "--acceptance": acceptance, "--memory": memory},
-    )
+    of_text = {"--prompts": prompts, "--limit": limit, "--ablate": ablate, "--assistant": assistant}
+    of_kernels = {"--shapes": shapes, "--acceptance": acceptance, "--memory": memory}
+    _refuse(kernels, {**of_text, "--model": target.model}, of_kernels)
     if kernels:
         tokens = 64 if new_tokens is None else new_tokens
-        _bench_kernels(
-            shapes, context, batch, tokens, repeats, strategies, json_out, acceptance, memory, dtype, device
-        )
+        _bench_kernels(shapes, context, batch, tokens, repeats, strategies, json_out, acceptance, memory, target)
         return
     new_tokens = 96 if new_tokens is None else new_tokens
     sizes, contexts = numbers(_or(batch, "1"), "--batch"), numbers(_or(context, "4000"), "--context")
     texts = read_prompts(prompts, limit)
-    loaded, tokenizer = load_model(model, dtype, device)
-    second = load_assistant(loaded, assistant, dtype, device) if assistant else None
+    loaded, tokenizer = load_model(target)
+    second = load_second(loaded, assistant, target) if assistant else None
     names = strategies.split() if strategies is not None else ["plain"] if ablate else ["plain", "vegas"]
     arms = [make_arm(name, second) for name in dict.fromkeys(["default", "static", *names])]
     arms += specbound_arms(loaded, ablate) if ablate else []
@@ -120,8 +113,8 @@ def bench(
 
     def groups_of(rows: int, length: int) -> list[torch.Tensor]:
         if not texts:
-            return [long_batch(tokenizer, length, rows).to(device)]
-        return [group.to(device) for group in _equal_prompts(chats, rows)]
+            return [long_batch(tokenizer, length, rows).to(target.device)]
+        return [group.to(target.device) for group in _equal_prompts(chats, rows)]
 
     measure_arms(loaded, groups_of, sizes, [0] if texts else contexts, arms, new_tokens, repeats, json_out)
 
@@ -149,15 +142,14 @@ def _bench_kernels(
     json_out: Path | None,
     acceptance: Path | None,
     memory: float | None,
-    dtype: str,
-    device: str,
+    target: Target,
 ) -> None:
     """Run `bench --kernels`; what was asked for is checked before anything runs."""
     from ..bench import kernels, steps
     from ..bench.report import kernel_table, step_table
     from ..bench.run import make_arm
 
-    where, kind = _check_device(device), _check_dtype(dtype)
+    where, kind = _check_device(target.device), torch_dtype(target.dtype)
     given = _or(shapes, ",".join(name for name in steps.SHAPES if name != steps.TINY))
     configs = {name: steps.shape_config(name) for name in map(str.strip, given.split(","))}
     contexts = numbers(_or(context, "4096,32768,131072"), "--context")
@@ -183,9 +175,8 @@ def _bench_kernels(
             note("No `--acceptance FILE` was given: step times only, no modelled speed-up.")
         combinations = [(length, rows) for length in contexts for rows in sizes]
         for name in configs:
-            with progress_bar() as progress:
-                advance = advancing(progress, progress.add_task(name, total=None))
-                parts = []
+            parts = []
+            with bar(name, None) as advance:
                 for rows in steps.measure_shape(
                     name, where, kind, combinations, arms, rate, room, new_tokens, repeats, table, advance, note
                 ):
@@ -211,16 +202,6 @@ def _check_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"`--device {name}`: PyTorch sees {torch.cuda.device_count()} CUDA devices.")
     return device
-
-
-def _check_dtype(name: str) -> torch.dtype:
-    """Return the dtype called `name`; raise `ValueError` for any but the usual three."""
-    import torch
-
-    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in kinds:
-        raise ValueError(f"`--dtype` must be one of {', '.join(kinds)}, got {name!r}.")
-    return kinds[name]
 
 
 def _check_sizes(contexts: list[int], new_tokens: int, repeats: int, memory: float | None) -> None:
@@ -264,9 +245,7 @@ def measure_arms(
     for context in contexts:
         for batch in batches:
             groups = prompts(batch, context)
-            with progress_bar() as progress:
-                task = progress.add_task("measuring", total=len(arms) * (repeats * len(groups) + 1))
-                advance = advancing(progress, task)
+            with bar("measuring", len(arms) * (repeats * len(groups) + 1)) as advance:
                 parts = [
                     measure(model, ids, arms, new_tokens, repeats, advance, not i) for i, ids in enumerate(groups)
                 ]

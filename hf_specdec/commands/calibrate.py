@@ -7,37 +7,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from ..generation.models.draft_model import load_assistant
+from ..training.routing import MaskSearch
 from .console import (
-    Device,
-    Dtype,
-    Model,
-    advancing,
+    SMOLLM2,
+    Target,
+    bar,
     console,
+    figures_table,
     floats,
     load_model,
+    load_second,
     numbers,
-    progress_bar,
     read_prompts,
     write_json,
 )
+from .options import expanded
+from .train import finish, model_and_texts
 
 
 if TYPE_CHECKING:
     from ..training.data import Text
-    from ..training.routing import MaskSearch
     from ..training.scoring import SlimScorer
 
 app = typer.Typer(help="Find settings that pay on this device.", no_args_is_help=True, add_completion=False)
 
 Repeats = Annotated[int, typer.Option(help="Timed runs of each arm.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens decoded per row.")]
+Data = Annotated[list[Path], typer.Option("--data", help="Text that the model wrote (`train text`).")]
+Exclude = Annotated[list[Path] | None, typer.Option(help="JSONL of test prompts; text with one of them is dropped.")]
 Save = Annotated[Path | None, typer.Option(help="Write the calibrated config into this folder; may be the adapter's.")]
 
 
 @app.command("vegas")
+@expanded
 def calibrate_vegas_command(
     context: Annotated[str, typer.Option(help="Contexts to measure, separated by commas.")] = (
         "512,1024,2048,4096,7900"
@@ -46,9 +49,7 @@ def calibrate_vegas_command(
     new_tokens: NewTokens = 64,
     repeats: Repeats = 3,
     save: Save = None,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Measure from which context Vegas pays on this device."""
     from ..bench.calibrate import calibrate_vegas
@@ -56,26 +57,22 @@ def calibrate_vegas_command(
     from ..texts import long_batch
 
     contexts = numbers(context, "--context")
-    loaded, tokenizer = load_model(model, dtype, device)
-    with progress_bar() as progress:
-        task = progress.add_task("calibrating", total=len(contexts) * 2 * (repeats + 1))
+    loaded, tokenizer = load_model(target)
+    with bar("calibrating", len(contexts) * 2 * (repeats + 1)) as advance:
         found, rows = calibrate_vegas(
             loaded,
             lambda length: long_batch(tokenizer, length, batch).to(loaded.device),
             contexts,
             new_tokens=new_tokens,
             repeats=repeats,
-            progress=advancing(progress, task),
+            progress=advance,
         )
-    table = Table(title=f"batch {batch}: milliseconds per token")
-    for heading in ("context", "plain", "vegas", "gain", "tokens/step"):
-        table.add_column(heading, justify="right")
+    headings = ("context", "plain", "vegas", "gain", "tokens/step")
+    table = figures_table(f"batch {batch}: milliseconds per token", *headings)
     for plain, vegas in zip(rows[::2], rows[1::2], strict=True):
-        gain = plain.ms_per_token / vegas.ms_per_token
-        steps = f"{vegas.tokens_per_step or 1:.2f}"
-        table.add_row(
-            str(plain.context), f"{plain.ms_per_token:.1f}", f"{vegas.ms_per_token:.1f}", f"{gain:.2f}", steps
-        )
+        one, other = plain.ms_per_token, vegas.ms_per_token
+        steps = vegas.tokens_per_step or 1
+        table.add_row(str(plain.context), f"{one:.1f}", f"{other:.1f}", f"{one / other:.2f}", f"{steps:.2f}")
     console.print(table)
     if found is None:
         console.print(
@@ -89,6 +86,7 @@ def calibrate_vegas_command(
 
 
 @app.command("specbound")
+@expanded
 def calibrate_specbound_command(
     adapter: Annotated[str, typer.Option(help="Folder or Hub name of trained exit heads.")] = "",
     prompts: Annotated[Path | None, typer.Option(help="JSONL of prompts; the built-in text by default.")] = None,
@@ -96,35 +94,30 @@ def calibrate_specbound_command(
     new_tokens: NewTokens = 64,
     repeats: Repeats = 3,
     save: Save = None,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Find the settings of SpecBound that pay on this device."""
     import torch
 
     from ..bench.calibrate_specbound import WORTHWHILE, calibrate_specbound
-    from ..card import write_card
-    from ..configuration import load_config
     from ..generation.methods.specbound.method import SpecBoundConfig
     from ..generation.models.adapters import write_config
     from ..texts import chat_ids, long_prompt
 
     texts = read_prompts(prompts, limit)
-    loaded, tokenizer = load_model(model, dtype, device)
+    loaded, tokenizer = load_model(target)
     if texts:
         rows = [chat_ids(tokenizer, turns) for turns in texts]
     else:
         rows = [long_prompt(tokenizer, 256, offset) for offset in range(limit or 24)]
-    with progress_bar() as progress:
-        task = progress.add_task("calibrating", total=len(rows) + 2 * (repeats + 1))
+    with bar("calibrating", len(rows) + 2 * (repeats + 1)) as advance:
         chosen, predicted, costs = calibrate_specbound(
             loaded,
             SpecBoundConfig(adapter=adapter or None),
             [torch.tensor([row], device=loaded.device) for row in rows],
             new_tokens=new_tokens,
             repeats=repeats,
-            progress=advancing(progress, task),
+            progress=advance,
         )
     console.print(
         f"layer {costs.layer[0]:.2f} ms (4 tokens {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
@@ -140,11 +133,11 @@ def calibrate_specbound_command(
         console.print(f"Below {WORTHWHILE}x: plain decoding is the better choice for this model and device.")
     if save is not None:
         write_config(save, chosen)
-        write_card(save, load_config(save))
-        console.print(f"saved to {save}")
+        finish(save, "saved")
 
 
 @app.command("spd")
+@expanded
 def calibrate_spd_command(
     adapter: Annotated[str, typer.Option(help="Folder or Hub name of a trained draft module.")],
     prompts: Annotated[Path, typer.Option(help="JSONL of prompts.")],
@@ -153,9 +146,7 @@ def calibrate_spd_command(
     temperatures: Annotated[str, typer.Option(help="Separated by commas; 0 is greedy.")] = "0,1",
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Count the ticks that SPD takes on prompts, and the speed-up that they allow; nothing is timed."""
     import torch
@@ -166,25 +157,15 @@ def calibrate_spd_command(
 
     chosen = floats(temperatures, "--temperatures")
     texts = read_prompts(prompts, limit)
-    loaded, tokenizer = load_model(model, dtype, device)
+    loaded, tokenizer = load_model(target)
     rows = [torch.tensor([chat_ids(tokenizer, turns)], device=loaded.device) for turns in texts]
-    config, found = SPDConfig(adapter=adapter, schedule="serial"), []
-    with progress_bar() as progress:
-        task = progress.add_task("counting", total=len(rows) * len(chosen))
-        for temperature in chosen:
-            report = count_ticks(
-                loaded,
-                rows,
-                config,
-                temperature=temperature,
-                max_new_tokens=new_tokens,
-                seed=seed,
-                progress=advancing(progress, task),
-            )
-            found.append(report.figures())
-    table = Table(title=f"{len(rows)} prompts, at most {new_tokens} new tokens; speed-up n N / K, nothing timed")
-    for heading in ("temperature", "n", "accepted", "after a rejection", "tokens/tick", "mean", "pooled"):
-        table.add_column(heading, justify="right")
+    config = SPDConfig(adapter=adapter, schedule="serial")
+    with bar("counting", len(rows) * len(chosen)) as advance:
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "seed": seed, "progress": advance}
+        found = [count_ticks(loaded, rows, config, temperature=at, **options).figures() for at in chosen]
+    title = f"{len(rows)} prompts, at most {new_tokens} new tokens; speed-up n N / K, nothing timed"
+    headings = ("temperature", "n", "accepted", "after a rejection", "tokens/tick", "mean", "pooled")
+    table = figures_table(title, *headings)
     for row in found:
         cells = ("acceptance", "tokens_per_tick", "theoretical_mean", "theoretical_pooled")
         accepted, *others = (f"{row[name]:.2f}" for name in cells)
@@ -196,75 +177,53 @@ def calibrate_spd_command(
 
 
 @app.command("via_sd")
+@expanded
 def calibrate_via_sd_command(
-    data: Annotated[list[Path], typer.Option("--data", help="Text that the model wrote (`train text`).")],
+    data: Data,
     save: Annotated[Path, typer.Option(help="Folder for the mask, and for what --resume goes on from.")],
-    exclude: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of test prompts; text with one of them is dropped.")
-    ] = None,
+    settings: MaskSearch,
+    exclude: Exclude = None,
     texts: Annotated[int, typer.Option(help="Texts that score a mask; as many others are held out.")] = 24,
-    objective: Annotated[str, typer.Option(help="tv or kl (lossless mode), margin (lossy mode), top1.")] = "tv",
-    skip_ratio: Annotated[float, typer.Option(help="Share to leave out.")] = 0.45,
-    skip_budget_by: Annotated[str, typer.Option(help="Share of the params, or the count, of the units.")] = "params",
-    granularity: Annotated[str, typer.Option(help="layer or sublayer.")] = "layer",
-    slim_cache: Annotated[str, typer.Option(help="Cache mode of decoding: shared, or own (with an adapter).")] = (
-        "shared"
-    ),
-    steps: Annotated[int, typer.Option(help="Masks scored at most.")] = 1000,
-    patience: Annotated[int, typer.Option(help="Masks scored without an improvement.")] = 300,
-    minutes: Annotated[float, typer.Option(help="Stop by the clock; 0 for never.")] = 0,
-    window: Annotated[int, typer.Option(help="Answer tokens read per text.")] = 64,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the search in the folder.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the proposals.")] = 0,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Search which layers VIA-SD's slim verifier can do without."""
     from dataclasses import asdict
 
-    from ..card import write_card
-    from ..configuration import load_config
     from ..generation.methods.via_sd.config import ViaSDConfig
     from ..generation.methods.via_sd.slim_model import Units, save_slim
-    from ..training.routing import MaskSearch
     from ..training.scoring import SlimScorer
-    from .train import model_and_texts
 
-    settings = MaskSearch(
-        skip_ratio=skip_ratio, skip_budget_by=skip_budget_by, granularity=granularity, objective=objective,
-        slim_cache=slim_cache, max_steps=steps, patience=patience, minutes=minutes or None, window=window, seed=seed,
-    )  # fmt: skip
-    loaded, found, notes = model_and_texts(data, exclude, model, dtype, device)
-    chosen = _spread(found, 2 * texts, window)
-    units = Units(loaded, granularity)
-    searched, held_out = (SlimScorer(loaded, part, units, window, slim_cache) for part in (chosen[::2], chosen[1::2]))
+    loaded, found, notes = model_and_texts(data, exclude, target)
+    chosen, cache = _spread(found, 2 * texts, settings.window), settings.slim_cache
+    units = Units(loaded, settings.granularity)
+    searched, held_out = (
+        SlimScorer(loaded, part, units, settings.window, cache) for part in (chosen[::2], chosen[1::2])
+    )
     keep = _searched(searched, settings, save, resume)
     figures = held_out.report(keep)
     calibration = {
-        "objective": objective, **figures, "skipped_share": units.share(keep), "slim_cache": slim_cache,
-        "even_mask": held_out.report(tuple(units.even(skip_ratio, skip_budget_by))),
+        "objective": settings.objective, **figures, "skipped_share": units.share(keep), "slim_cache": cache,
+        "even_mask": held_out.report(tuple(units.even(settings.skip_ratio, settings.skip_budget_by))),
         "search": {**asdict(settings), "texts": texts}, **notes,
     }  # fmt: skip
-    config = ViaSDConfig(slim_cache=None if slim_cache == "shared" else slim_cache)
-    save_slim(save, loaded, keep, granularity, config=config, calibration=calibration)
-    write_card(save, load_config(save))
+    config = ViaSDConfig(slim_cache=None if cache == "shared" else cache)
+    save_slim(save, loaded, keep, settings.granularity, config=config, calibration=calibration)
     console.print(f"left out: {', '.join(units.names[unit] for unit in units.skipped(keep))}")
     console.print(_figures("searched mask", figures))
     console.print(_figures("evenly spaced", calibration["even_mask"]))
-    console.print(f"saved to {save}")
+    finish(save, "saved")
 
 
 def _searched(scorer: SlimScorer, settings: MaskSearch, folder: Path, resume: bool) -> tuple[bool, ...]:
     """Return the mask of a search, and show its progress."""
     from ..training.routing import search_mask
 
-    with progress_bar() as progress:
-        task = progress.add_task("searching", total=settings.max_steps)
+    with bar("searching", settings.max_steps) as advance:
 
         def report(state: dict[str, Any]) -> None:
             text = f"searching: best {settings.objective} {state['best']:.4f}, agreement {state['agreement']:.3f}"
-            progress.update(task, completed=state["step"], description=text)
+            advance(0, completed=state["step"], description=text)
 
         return search_mask(scorer, settings, folder, resume=resume, report=report)
 
@@ -285,13 +244,12 @@ def _figures(name: str, figures: dict[str, float]) -> str:
 
 
 @app.command("via_sd_plan")
+@expanded
 def plan_via_sd_command(
-    data: Annotated[list[Path], typer.Option("--data", help="Text that the model wrote (`train text`).")],
+    data: Data,
     adapter: Annotated[str, typer.Option(help="Folder or Hub name of a calibrated mask, perhaps with a LoRA.")],
     assistant: Annotated[str, typer.Option(help="Folder or Hub name of the drafter.")],
-    exclude: Annotated[
-        list[Path] | None, typer.Option(help="JSONL of test prompts; text with one of them is dropped.")
-    ] = None,
+    exclude: Exclude = None,
     texts: Annotated[int, typer.Option(help="Texts to measure acceptance on.")] = 24,
     window: Annotated[int, typer.Option(help="Answer tokens read per text.")] = 64,
     sampling: Annotated[
@@ -300,22 +258,19 @@ def plan_via_sd_command(
     layers: Annotated[float, typer.Option(help="Also plan for a target with so many parameters in its layers,")] = 0,
     head: Annotated[float, typer.Option(help="so many in its head,")] = 0,
     draft: Annotated[float, typer.Option(help="and a drafter of so many: costs by bytes, rates as measured.")] = 0,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Measure costs and acceptance, and predict whether VIA-SD's third tier pays."""
     from ..bench.plan_via_sd import ViaSDPlanner, costs_by_bytes, measure_costs, measure_rates, read_parameters
     from ..generation.methods.via_sd.config import ViaSDConfig
     from ..generation.methods.via_sd.slim_model import Units, load_slim
     from ..training.scoring import SlimScorer
-    from .train import model_and_texts
 
     if (layers > 0) != (head > 0) or (layers > 0) != (draft > 0):
         raise ValueError(f"`--layers`, `--head` and `--draft` go together, got {layers:g}, {head:g}, {draft:g}.")
-    loaded, found, _ = model_and_texts(data, exclude, model, dtype, device)
+    loaded, found, _ = model_and_texts(data, exclude, target)
     found = _spread(found, texts, window)
-    second, slim = load_assistant(loaded, assistant, dtype, device), load_slim(loaded, adapter)
+    second, slim = load_second(loaded, assistant, target), load_slim(loaded, adapter)
     units, mode = Units(loaded, slim.granularity), slim.cache_mode or "shared"
     scorer = SlimScorer(loaded, found, units, window, mode)
     rates = measure_rates(scorer, second, slim, ViaSDConfig().gate, sampling=sampling)
@@ -324,9 +279,9 @@ def plan_via_sd_command(
         f"rates: a {rates.two_tier:.3f}, a1 {rates.inner:.3f}, a2 {rates.outer:.3f}, tiers A/B/C "
         f"{'/'.join(f'{share:.2f}' for share in rates.tiers)}, delta {rates.delta:.3f}"
     )
-    table = Table(title="predicted speed-up over plain decoding (draft tokens; candidates per stage)")
-    for heading in ("costs", "draft", "slim of 1 and 6", "model of 6", "two-tier", "lossless", "lossy, safe"):
-        table.add_column(heading, justify="right")
+    title = "predicted speed-up over plain decoding (draft tokens; candidates per stage)"
+    headings = ("costs", "draft", "slim of 1 and 6", "model of 6", "two-tier", "lossless", "lossy, safe")
+    table = figures_table(title, *headings)
     share = units.share(slim.keep)
     whole, top = read_parameters(loaded)
     small = sum(read_parameters(second))

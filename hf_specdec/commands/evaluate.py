@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..generation.models.draft_model import load_assistant
-from .console import Device, Dtype, Model, console, load_model, write_json
-from .train import Assistant, NewTokens, Rewarding, Seed, Temperature, bar
+from .console import SMOLLM2, Target, bar, console, figures_table, load_model, load_second, write_json
+from .train import Assistant, NewTokens, Rewarding, Seed, Temperature
 
 
 if TYPE_CHECKING:
@@ -32,9 +31,7 @@ def evaluate_command(
     new_tokens: NewTokens = 64,
     seed: Seed = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the scores here.")] = None,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Score strategies on a task: reward with its 95 % interval, acceptance, tokens per forward, time."""
     from ..bench.run import make_arm
@@ -45,35 +42,24 @@ def evaluate_command(
     function, tasks = resolve_reward(reward), load_items(items)
     tasks = tasks[:limit] if limit else tasks
     sampling = Sampling(temperature=temperature, max_new_tokens=new_tokens)
-    loaded, tokenizer = load_model(model, dtype, device)
-    draft = load_assistant(loaded, assistant, dtype, device) if assistant else None
+    loaded, tokenizer = load_model(target)
+    draft = load_second(loaded, assistant, target) if assistant else None
     arms = [make_arm(name, draft) for name in strategies.split()]
-    scores: list[Score] = []
+    settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     with bar("evaluating", len(arms) * len(tasks)) as advance:
-        for arm in arms:
-            scores.append(
-                evaluate(
-                    arm.name,
-                    loaded,
-                    tokenizer,
-                    tasks,
-                    function,
-                    sampling,
-                    arm.options,
-                    batch_size=batch_size,
-                    seed=seed,
-                    progress=advance,
-                )
-            )
+        scores = [
+            evaluate(arm.name, loaded, tokenizer, tasks, function, sampling, arm.options, **settings, progress=advance)
+            for arm in arms
+        ]
     console.print(_score_table(scores, f"{len(tasks)} items, temperature {temperature}, batches of {batch_size}"))
     if json_out is not None:
         write_json(json_out, [asdict(score) for score in scores])
 
 
 def _score_table(scores: Sequence[Score], title: str) -> Table:
-    table = Table(title=title)
-    for heading in ("decoding", "reward", "95 %", "accepted", "tokens/forward", "ms/token", "mean w", "mean (1-w)TV"):
-        table.add_column(heading, justify="left" if heading == "decoding" else "right")
+    figures = ("reward", "95 %", "accepted", "tokens/forward", "ms/token", "mean w", "mean (1-w)TV")
+    table = figures_table(title, "decoding", *figures)
+    table.columns[0].justify = "left"
     for score in scores:
         method = score.method
         table.add_row(

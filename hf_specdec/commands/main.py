@@ -16,6 +16,7 @@ from .console import console
 from .demo import demo
 from .deploy import export_app, serve
 from .evaluate import evaluate_command
+from .options import expanded
 from .push import push_command
 
 
@@ -23,9 +24,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 app.add_typer(training.app, name="train")
 app.add_typer(calibration.app, name="calibrate")
 app.add_typer(export_app, name="export")
-app.command("demo")(demo)
-app.command("bench")(bench)
-app.command("evaluate")(evaluate_command)
+app.command("demo")(expanded(demo))
+app.command("bench")(expanded(bench))
+app.command("evaluate")(expanded(evaluate_command))
 app.command("serve")(serve)
 app.command("push")(push_command)
 

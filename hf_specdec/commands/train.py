@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import shlex
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..generation.models.draft_model import load_assistant
 from ..training.data import Sampling
 from ..training.diversed import DiversedTraining, train_diversed
 from ..training.draft import DraftTraining, train_draft
@@ -23,7 +19,8 @@ from ..training.settings import DistillSettings
 from ..training.spd import ModuleTraining, train_draft_module
 from ..training.specbound import ExitTraining, train_exit_heads
 from ..training.via_sd import SlimTraining, train_slim
-from .console import Device, Dtype, Model, console, floats, load_model, progress_bar
+from .console import SMOLLM2, Target, bar, console, floats, load_model, load_second
+from .options import expanded
 
 
 if TYPE_CHECKING:
@@ -49,6 +46,7 @@ Exclude = Annotated[
 
 
 @app.command("text")
+@expanded
 def train_text(
     prompts: Annotated[Path, typer.Option(help="JSONL of prompts (turns, prompt, question or text).")],
     out: Annotated[Path, typer.Option("--out", help="File to write.")],
@@ -56,123 +54,22 @@ def train_text(
     new_tokens: NewTokens = 256,
     batch_size: Annotated[int, typer.Option(help="Rows decoded together.")] = 32,
     seed: Seed = 0,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Let the model write its own training text: an answer to every prompt."""
     from ..texts import chat_ids, load_prompts
     from ..training.data import save_texts, write_texts
 
     chosen = floats(temperatures, "--temperatures")
-    loaded, tokenizer = load_model(model, dtype, device)
+    loaded, tokenizer = load_model(target)
     ids = [chat_ids(tokenizer, turns) for turns in load_prompts(prompts)]
     with bar("writing", len(ids)) as advance:
         texts = write_texts(
-            loaded,
-            ids,
-            temperatures=chosen,
-            max_new_tokens=new_tokens,
-            batch_size=batch_size,
-            seed=seed,
+            loaded, ids, temperatures=chosen, max_new_tokens=new_tokens, batch_size=batch_size, seed=seed,
             progress=advance,
-        )
+        )  # fmt: skip
     save_texts(texts, out)
     console.print(f"{len(texts)} texts, {sum(len(text.ids) for text in texts)} tokens, written to {out}")
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A field of a trainer's settings as an option: numbers are listed by commas, and 0 or no text stands for `None`.
-
-    Args:
-        field (`Field`): the field.
-        name (`str`): of the option.
-        help (`str`): of the option.
-        kind (`type`): of the value, or of each of several.
-        several (`bool`): whether it lists values.
-        unset (`bool`): whether it may be `None`.
-    """
-
-    field: Field[Any]
-    name: str
-    help: str
-    kind: Callable[[Any], Any]
-    several: bool
-    unset: bool
-
-    def parameter(self, default: Any) -> inspect.Parameter:
-        """Return the command's parameter."""
-        kind: Any = str if self.several else self.kind
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
-        return inspect.Parameter(
-            self.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if default is MISSING else kind() if default is None else default,
-            annotation=Annotated[kind, typer.Option(help=self.help)],
-        )
-
-    def read(self, value: Any) -> Any:
-        """Return the field's value for what the command was given."""
-        if self.unset and not value:
-            return None
-        return tuple(floats(value, f"--{self.name.replace('_', '-')}", self.kind)) if self.several else value
-
-
-def _options(settings: type[Any]) -> list[_Option]:
-    """Return the options that a trainer's settings declare with `option`: their own first, then those of the base."""
-    hints, own, found = typing.get_type_hints(settings), vars(settings)["__annotations__"], []
-    for entry in sorted(fields(settings), key=lambda entry: entry.name not in own):
-        declared = (getattr(cls, "__dataclass_fields__", {}).get(entry.name) for cls in settings.__mro__)
-        about = next((field.metadata for field in declared if field is not None and field.metadata), None)
-        if about is None or not entry.init:
-            continue
-        hint = hints[entry.name]
-        unset = type(None) in typing.get_args(hint)
-        kind = typing.get_args(hint)[0] if unset else hint
-        several = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if several else kind
-        found.append(_Option(entry, about["name"] or entry.name, about["help"], kind, several, unset))
-    return found
-
-
-def with_settings(
-    settings: type[Any], more: dict[str, Any] | None = None, **defaults: Any
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that turns a command's argument `settings` into the options that these settings declare.
-
-    Args:
-        settings (`type`): a dataclass whose fields were declared with `training.distill.option`.
-        more (`dict`, *optional*): annotations of options that a command takes as `**more`.
-        defaults: the command's defaults where they differ from the settings'.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        options = _options(settings)
-        found: list[inspect.Parameter] = []
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
-            if name == "settings":
-                found += [
-                    option.parameter(defaults.get(option.field.name, option.field.default)) for option in options
-                ]
-            elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                only = inspect.Parameter.KEYWORD_ONLY
-                found += [inspect.Parameter(key, only, annotation=value) for key, value in (more or {}).items()]
-            else:
-                found.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            values = {option.field.name: option.read(given.pop(option.name)) for option in options}
-            command(settings=settings(**values), **given)
-
-        signature: Any = run
-        signature.__signature__ = inspect.Signature(found)
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in found}
-        return run
-
-    return decorate
 
 
 def _distillation(
@@ -183,25 +80,24 @@ def _distillation(
     more: dict[str, Any] | None = None,
     **defaults: Any,
 ) -> None:
-    """Add the command `train NAME`, which distils by `train`; see `with_settings` for the last two arguments."""
+    """Add the command `train NAME`, which distils by `train`; see `expanded` for the last two arguments."""
 
-    @app.command(name, help=about)
-    @with_settings(settings, more, **defaults)
     def command(
         data: Data,
         out: Out,
         settings: DistillSettings,
         exclude: Exclude = None,
         resume: Resume = False,
-        model: Model = "",
-        dtype: Dtype = "bfloat16",
-        device: Device = "cpu",
+        target: Target = SMOLLM2,
         **more: Any,
     ) -> None:
-        loaded, texts, notes = model_and_texts(data, exclude, model, dtype, device)
+        loaded, texts, notes = model_and_texts(data, exclude, target)
         with _distilling(settings.steps) as report:
             train(loaded, texts, folder=out, settings=settings, resume=resume, notes=notes, report=report, **more)
-        _finish(out)
+        finish(out)
+
+    command.__annotations__["settings"] = settings
+    app.command(name, help=about)(expanded(command, more, **defaults))
 
 
 _distillation(
@@ -233,22 +129,21 @@ _distillation(
 
 
 @app.command("convert-spd")
+@expanded
 def convert_module_command(
     checkpoint: Annotated[Path, typer.Option(help="A .pt file of the reference implementation, version 11.")],
     out: Out,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Convert a draft module that the reference implementation of SPD has trained."""
     from ..training.convert_spd import convert_reference
 
-    convert_reference(checkpoint, load_model(model, dtype, device)[0], out)
-    _finish(out)
+    convert_reference(checkpoint, load_model(target)[0], out)
+    finish(out)
 
 
 @app.command("diversed")
-@with_settings(DiversedTraining)
+@expanded
 def train_diversed_command(
     items: Annotated[Path, typer.Option(help="JSONL of tasks: question, and what the reward needs.")],
     out: Out,
@@ -258,9 +153,7 @@ def train_diversed_command(
     temperature: Temperature = 1.0,
     new_tokens: NewTokens = 64,
     resume: Resume = False,
-    model: Model = "",
-    dtype: Dtype = "bfloat16",
-    device: Device = "cpu",
+    target: Target = SMOLLM2,
 ) -> None:
     """Train DIVERSED's head on a task with a reward."""
     from ..training.rewards import resolve_reward
@@ -268,8 +161,8 @@ def train_diversed_command(
 
     settings = replace(settings, sampling=Sampling(temperature=temperature, max_new_tokens=new_tokens))
     function, tasks = resolve_reward(reward), load_items(items)
-    loaded, tokenizer = load_model(model, dtype, device)
-    draft = load_assistant(loaded, assistant, dtype, device)
+    loaded, tokenizer = load_model(target)
+    draft = load_second(loaded, assistant, target)
     with bar("training", settings.updates * len(settings.accept_coefs)) as advance:
 
         def report(figures: dict[str, Any]) -> None:
@@ -284,20 +177,20 @@ def train_diversed_command(
             )
 
         train_diversed(loaded, draft, tokenizer, tasks, function, out, settings, resume=resume, report=report)
-    _finish(out)
+    finish(out)
 
 
-def _finish(out: Path) -> None:
+def finish(out: Path, done: str = "written") -> None:
     """Give the result a card, and say where it is."""
     from ..card import write_card
     from ..configuration import load_config
 
     write_card(out, load_config(out))
-    console.print(f"written to {out}")
+    console.print(f"{done} to {out}")
 
 
 def model_and_texts(
-    data: Sequence[Path], exclude: Sequence[Path] | None, model: str, dtype: str, device: str
+    data: Sequence[Path], exclude: Sequence[Path] | None, target: Target
 ) -> tuple[PreTrainedModel, list[Text], dict[str, Any]]:
     """Return the model, the training text without what holds a test prompt, and what to note of it."""
     from ..texts import load_prompts
@@ -305,7 +198,7 @@ def model_and_texts(
     from ..training.data import load_texts
 
     texts = load_texts(data)
-    loaded, tokenizer = load_model(model, dtype, device)
+    loaded, tokenizer = load_model(target)
     before = len(texts)
     for path in exclude or []:
         texts = dropped(texts, tokenizer, [turn for turns in load_prompts(path) for turn in turns])
@@ -326,11 +219,3 @@ def _distilling(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
                 console.print({key: round(v, 4) if isinstance(v, float) else v for key, v in figures.items()})
 
         yield report
-
-
-@contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar; yields a function that advances it."""
-    with progress_bar() as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -34,6 +34,15 @@ def test_the_drawing_names_no_module_that_is_gone(drawing):
             assert list(PACKAGE.rglob(name if name.endswith("/") else f"{name}.py")), name
 
 
+def test_the_table_names_the_parts_of_the_methods_that_it_lists():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `(\w+)/` \|(.*)\|$", text, re.MULTILINE)
+    assert lines
+    for folder, parts in lines:
+        modules = {path.stem for path in (PACKAGE / "generation" / "methods" / folder).glob("*.py")}
+        assert set(re.findall(r"`(\w+)`", parts)) == modules - {"__init__", "method"}, folder
+
+
 def test_the_drawing_has_the_order_of_the_linter(drawing):
     contracts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     layers = re.findall(r'^layers = \[\n((?:  ".*",\n)+)\]', contracts, re.MULTILINE)

@@ -11,19 +11,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from kernel_stages import QUERIES
+from stage_run import StageRun
 from transformers import PreTrainedModel
 
-from ...cache.fixed import FixedView
-from ...cache.selection import FixedSelector
-from ...cache.speculative import SpeculativeCache
-from ...generation.methods.vegas import VegasConfig
-from ...generation.programs import make_runner
-from ...kernels.dispatch import register, speculative_attention
-from ...kernels.request import ForwardRequest
-from ..cases import SCORED
-from ..steps import TINY, build, shape_config, weight_bytes
-from .kernel_stages import QUERIES
-from .stage_run import StageRun
+from hf_specdec.bench.cases import SCORED
+from hf_specdec.bench.steps import TINY, build, shape_config, weight_bytes
+from hf_specdec.cache.fixed import FixedView
+from hf_specdec.cache.selection import FixedSelector
+from hf_specdec.cache.speculative import SpeculativeCache
+from hf_specdec.generation.methods.vegas import VegasConfig
+from hf_specdec.generation.programs import make_runner
+from hf_specdec.kernels.dispatch import register, speculative_attention
+from hf_specdec.kernels.request import ForwardRequest
 
 
 def large_model(run: StageRun, layers: int) -> PreTrainedModel:
@@ -139,7 +139,7 @@ def _list_kernels(run: StageRun, name: str, forward: Callable[[], Any]) -> None:
 
 def _selection(run: StageRun, view: FixedView, cache: SpeculativeCache, rows: int, context: int) -> None:
     """Time the parts of a selection: the choice, sorted or not, and the gather, by score or in the text's order."""
-    from ...kernels import triton_select  # triton is optional
+    from hf_specdec.kernels import triton_select  # triton is optional
 
     metrics = torch.rand(len(view.layers), rows, context, device=run.device)
     run.note("choice", ms=run.timed(partial(view.selector.choose, metrics), cold=False), shape=list(metrics.shape))

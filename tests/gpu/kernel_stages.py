@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from stage_run import StageRun
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..cases import RECENTS, Case, Inputs, deviation, expected, make_inputs
-from ..kernels import IMPLEMENTATIONS, Run, measure_kernels
-from .stage_run import StageRun
+from hf_specdec.bench.cases import RECENTS, Case, Inputs, deviation, expected, make_inputs
+from hf_specdec.bench.kernels import IMPLEMENTATIONS, Run, measure_kernels
 
 
 QUERIES = 7
@@ -86,7 +86,7 @@ def _tiles(tiny: bool) -> Iterator[tuple[Case, _Tile]]:
 @contextmanager
 def tuned(tile: _Tile | None, splits: int | None) -> Iterator[None]:
     """Let the attention kernel run with another tile or number of parts inside the context; `None` keeps its own."""
-    from ...kernels import triton_attention  # triton is optional
+    from hf_specdec.kernels import triton_attention  # triton is optional
 
     module: Any = triton_attention
     before = module.tile, module.choose_splits

@@ -9,16 +9,16 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from stage_run import StageRun
+from step_stages import large_model, large_size
 from transformers import DynamicCache, PreTrainedModel
 
-from ...generation.methods.vegas import VegasConfig
-from ...generation.stats import SpeculationStats, on_speculation
-from ...texts import long_batch
-from ..run import make_arm, measure
-from ..smollm2 import is_smollm2_available, load_smollm2
-from ..steps import TINY, build, random_cache, shape_config
-from .stage_run import StageRun
-from .step_stages import large_model, large_size
+from hf_specdec.bench.run import make_arm, measure
+from hf_specdec.bench.smollm2 import is_smollm2_available, load_smollm2
+from hf_specdec.bench.steps import TINY, build, random_cache, shape_config
+from hf_specdec.generation.methods.vegas import VegasConfig
+from hf_specdec.generation.stats import SpeculationStats, on_speculation
+from hf_specdec.texts import long_batch
 
 
 _FIGURES = (

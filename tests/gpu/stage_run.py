@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import copy_bandwidth, timed
+from hf_specdec.bench.kernels import copy_bandwidth, timed
 
 
 class StageRun:

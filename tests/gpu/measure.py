@@ -1,9 +1,9 @@
 """One GPU, a few minutes: are the kernels right, and the numbers that say what to make faster.
 
-    python -m hf_specdec.bench.gpu --out FOLDER --budget 140 --stages machine,precompile,correct,attention,sweep
-    python -m hf_specdec.bench.gpu --out FOLDER --budget 230 --stages machine,steps,steps_small,compiled,loop
-    python -m hf_specdec.bench.gpu --out FOLDER --budget 150 --stages smollm2,waits,leak
-    TRITON_INTERPRET=1 python -m hf_specdec.bench.gpu --out FOLDER --rehearse     # on a CPU, to try the script itself
+    python tests/gpu/measure.py --out FOLDER --budget 140 --stages machine,precompile,correct,attention,sweep
+    python tests/gpu/measure.py --out FOLDER --budget 230 --stages machine,steps,steps_small,compiled,loop
+    python tests/gpu/measure.py --out FOLDER --budget 150 --stages smollm2,waits,leak
+    TRITON_INTERPRET=1 python tests/gpu/measure.py --out FOLDER --rehearse     # on a CPU, to try the script itself
 
 Nothing beyond the package, its dependencies and Triton is needed. Each result is a line of `results.jsonl` in the
 folder, written as soon as it is there. A stage that raises leaves its traceback, and the next one runs. A stage that
@@ -20,12 +20,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import call_stages
+import kernel_stages
+import step_stages
 import torch
+from stage_run import StageRun
 
-from ...generation import programs
-from ..run import environment
-from . import call_stages, kernel_stages, step_stages
-from .stage_run import StageRun
+from hf_specdec.bench.run import environment
+from hf_specdec.generation import programs
 
 
 def machine(run: StageRun) -> None:
@@ -86,7 +88,7 @@ def _rehearsal() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages that `arguments` (by default those of the command line) name; return 1 if one failed, else 0."""
-    parser = argparse.ArgumentParser(prog="python -m hf_specdec.bench.gpu", description="Measure one GPU in minutes.")
+    parser = argparse.ArgumentParser(prog="python tests/gpu/measure.py", description="Measure one GPU in minutes.")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--stages", default=",".join(STAGES), help="separated by commas; by default %(default)s")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds that all stages may take (%(default)s)")

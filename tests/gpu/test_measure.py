@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 
+import measure as gpu
 import pytest
 import torch
-
-from hf_specdec.bench.gpu import __main__ as gpu
-from hf_specdec.bench.gpu.kernel_stages import tuned
-from hf_specdec.bench.gpu.stage_run import StageRun
+from kernel_stages import tuned
+from stage_run import StageRun
 
 
 EXPECTED = {
@@ -39,7 +38,7 @@ def lines(folder) -> list[dict]:
 def test_every_stage_can_be_rehearsed_on_a_cpu(tmp_path):
     """As the command of a process of its own, in which Triton interprets its kernels."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "hf_specdec.bench.gpu", "--rehearse", "--out", str(tmp_path)]
+    command = [sys.executable, gpu.__file__, "--rehearse", "--out", str(tmp_path)]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
