@@ -34,12 +34,11 @@ def test_forwards_are_those_that_ran(strategy, llama):
     calls, cls = [], strategy_class(strategy.partition(":")[0])
     handle = decoder_layers(llama.model)[-1].register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        out = llama.ours(strategy, **llama.one, max_new_tokens=30)
+        llama.ours(strategy, **llama.one, max_new_tokens=30)
         calls.clear()
-        out = llama.ours(strategy, **llama.one, max_new_tokens=30, return_dict_in_generate=True)
+        _, stats = counted(llama, strategy, **llama.one, max_new_tokens=30)
     finally:
         handle.remove()
-    stats = out.speculation
     drafts_itself = cls.make_drafter is not SpeculationStrategy.make_drafter and not cls.needs_assistant
     own = stats.draft_forwards if drafts_itself else 0
     own += stats.method.get("slim_forwards", 0)  # the last layer always stays

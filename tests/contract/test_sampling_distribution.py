@@ -106,8 +106,9 @@ def sample(strategy, vocab, length, setting, seed, tokens=3, samples=SAMPLES):
             **{"top_k": 0, **SETTINGS[setting][0]},
         )  # fmt: skip
         found.append(out.sequences[:, PROMPT.shape[1] :])
-        accepted += out.speculation.num_accepted_tokens
-        drafted += out.speculation.num_draft_tokens
+        if out.speculation is not None:
+            accepted += out.speculation.num_accepted_tokens
+            drafted += out.speculation.num_draft_tokens
     place = vocab ** torch.arange(length - 1, -1, -1)
     return (torch.cat(found) * place).sum(dim=1), accepted, drafted
 

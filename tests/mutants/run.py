@@ -6,7 +6,8 @@
 
 Each mutant is a copy of the package in a temporary folder, which is imported in place of the repository's, so the
 repository is never changed. The tests of the mutant's module run first, then the contract on one family, both as in
-`make test`; what survives meets the tests that `make test-all` has beyond that. The first failure ends a mutant.
+`make test`; what survives meets the tests that `make test-all` has beyond that. The first failure ends a mutant, if
+the same test passes on the package as it is.
 """
 
 from __future__ import annotations
@@ -105,6 +106,8 @@ def judge(mutant: Mutant) -> Outcome:
             if code == 1:
                 failed = re.search(r"^(?:FAILED|ERROR) (?:\S*tests/)?(.*)$", output, re.MULTILINE)
                 test = failed[1].split(" - ")[0] if failed else "no end"
+                if failed and pytest(ROOT, [f"{ROOT}/tests/{test}"])[0]:
+                    raise RuntimeError(f"{test} does not pass on the package as it is.\n{output[-3000:]}")
                 return Outcome(mutant.name, mutant.file, tier, test, time.monotonic() - begin)
             if code not in (0, 5):  # 5: nothing was selected
                 raise RuntimeError(f"{mutant.name!r}: pytest ended with {code}.\n{output[-3000:]}")
