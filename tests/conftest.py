@@ -17,9 +17,6 @@ if not torch.cuda.is_available():  # before triton is imported, which reads it t
 import families
 import pytest
 
-from hf_specdec.generation.methods.spd import method as spd
-from hf_specdec.generation.methods.via_sd import slim_drafter
-
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -38,8 +35,8 @@ def seeded():
 def named_adapters():
     """Adapters with a name of `families` are no files: a noisy copy of the model guesses for SPD, VIA-SD has masks."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(spd, "load_draft_module", families.load_oracle)
-    patch.setattr(slim_drafter, "load_slim", families.load_mask)
+    for module, name, stand_in in families.STAND_INS:
+        patch.setattr(module, name, stand_in)
     yield
     patch.undo()
 

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_specdec import SpeculationConfig
+from hf_specdec.generation.methods.spd import method as spd
 from hf_specdec.generation.methods.spd.depth_map import DepthMap
 from hf_specdec.generation.methods.spd.draft_module import PipelineDraftModule, load_draft_module
+from hf_specdec.generation.methods.via_sd import slim_drafter
 from hf_specdec.generation.methods.via_sd.slim_model import Slim, load_slim, save_slim
-from hf_specdec.generation.models import adapters
 from hf_specdec.registry import preset, strategy_class
 
 
@@ -181,14 +183,16 @@ class OracleReader:
         return other.get_output_embeddings()(hidden[:, -1])
 
 
+_oracles: WeakKeyDictionary[PreTrainedModel, PipelineDraftModule] = WeakKeyDictionary()
+
+
 def load_oracle(model: PreTrainedModel, name: str) -> PipelineDraftModule:
     """Stand in for `load_draft_module`; any name but `ORACLE` goes to it."""
     if name != ORACLE:
         return load_draft_module(model, name)
-    built = adapters._loaded.setdefault(model, {})
-    if ORACLE not in built:
-        built[ORACLE] = Oracle(model)
-    return built[ORACLE]
+    if model not in _oracles:
+        _oracles[model] = Oracle(model)
+    return _oracles[model]
 
 
 MASK = "mask"
@@ -205,6 +209,10 @@ def load_mask(model: PreTrainedModel, name: str) -> Slim:
         return load_slim(model, name)
     _, granularity, keep = name.split(" ")
     return Slim(granularity, [kept == "1" for kept in keep], {})
+
+
+STAND_INS = [(spd, "load_draft_module", load_oracle), (slim_drafter, "load_slim", load_mask)]
+"""Module, name and function: what reads adapters that are no files; `conftest.py` puts it there, and ranks have to."""
 
 
 def with_files(config: SpeculationConfig, model: PreTrainedModel, folder: Path) -> SpeculationConfig:

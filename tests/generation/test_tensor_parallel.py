@@ -41,6 +41,8 @@ def on_one_rank(rank, folder):
         return found
 
     Selector.choose = choose
+    for stand_in in families.STAND_INS:
+        setattr(*stand_in)
     texts = {}
     for name in PRESETS:
         for sample in (False, True):
