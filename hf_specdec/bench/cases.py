@@ -90,6 +90,11 @@ class Case:
         return [length - self.queries for length in self.lengths]
 
     @property
+    def chosen(self) -> int:
+        """Columns of the selection that a draft reads, before those of its burst."""
+        return self.context - RECENTS
+
+    @property
     def scaling(self) -> float:
         """Factor on the products."""
         return float(self.size**-0.5)

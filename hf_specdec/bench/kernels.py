@@ -24,7 +24,6 @@ from ..kernels import explicit, packed, reference
 from ..kernels.address import Address
 from ..kernels.request import AttentionRules
 from .cases import (
-    RECENTS,
     SCORED,
     Case,
     Inputs,
@@ -145,7 +144,7 @@ def _triton(case: Case, inputs: Any) -> Run | str:
     rules: dict[str, Any] = {"scaling": case.scaling}
     if case.kind == "draft":
         ends = torch.tensor(case.lengths, device=device)
-        selected = case.context - RECENTS
+        selected = case.chosen
         counts = torch.full_like(ends, selected)
         sides = {"selected": selected, **rules}
         return lambda: (triton_attention.attend_side(query, key, value, counts, ends, **sides), None)
