@@ -23,19 +23,7 @@ from ..cache.side import flat_index, gather_slots
 from ..kernels import explicit, packed, reference
 from ..kernels.address import Address
 from ..kernels.request import AttentionRules
-from .cases import (
-    RECENTS,
-    SCORED,
-    Case,
-    Inputs,
-    Lists,
-    deviation,
-    expected,
-    make_inputs,
-    moved_bytes,
-    needed_bytes,
-    score_dtype,
-)
+from .cases import RECENTS, SCORED, Case, Inputs, Lists, deviation, expected, make_inputs, moved_bytes, needed_bytes
 
 
 Run = Callable[[], Any]
@@ -227,7 +215,7 @@ def _reduction(fast: bool, case: Case, inputs: Inputs) -> Run:
     weights, _ = reference.attention_weights(inputs.query, inputs.key, starts, scaling=case.scaling)
     # products up to a constant, which the softmax takes out again; -inf where a query may not read
     products = weights[:, :, [0, -1]].log()
-    products = (products - products.amax(dim=-1, keepdim=True)).to(score_dtype(case.dtype))
+    products = (products - products.amax(dim=-1, keepdim=True)).to(case.score_dtype)
     address, last = Address(case.starts, 2), torch.ones_like(starts)
 
     def run() -> Any:
