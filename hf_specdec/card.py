@@ -88,6 +88,9 @@ class Settings(Protocol):
     def brings_drafter(self) -> bool:
         """Whether the settings name what drafts."""
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the settings, the adapter that they name, and a card, to a folder."""
+
 
 def write_card(
     folder: str | Path, config: Settings, repo_id: str | None = None, results: Results | None = None

@@ -1,13 +1,14 @@
-"""Strategies by name, folder or Hub repository; uploads; and strategies saved with a model."""
+"""Uploads of saved settings to the Hub."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
@@ -32,15 +33,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", "
 _LEFT_BEHIND = (".", "__", "checkpoint")  # hidden, caches, and what a training resumes from
 
 
-class Savable(Settings, Protocol):
-    """Settings that write themselves to a folder."""
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the settings, the adapter that they name, and a card."""
-
-
 def push_folder(
-    folder: str | Path,
+    path: Path,
     config: Settings,
     repo_id: str,
     *,
@@ -56,20 +50,15 @@ def push_folder(
     files, and the folder `checkpoint` that a training resumes from, stay behind.
 
     Args:
-        folder (`str` or `Path`): as `save_pretrained` or a training writes it.
+        path (`Path`): as `save_pretrained` or a training writes it.
         config (`SpeculationConfig`): the settings in it.
-        repo_id (`str`): the repository, made where needed.
-        token (`str` or `bool`, *optional*): that may write; by default that of `hf auth login`.
-        private (`bool`, *optional*): visibility of a repository that is made.
-        revision (`str`, *optional*): branch to upload to, made where needed; the main one by default.
-        commit_message (`str`, *optional*): of the commit.
+        repo_id, token, private, revision, commit_message: as for `SpeculationConfig.push_to_hub`.
         results (`Results`, *optional*): measurements for the card.
 
     Raises:
         OSError: if a file is missing, the Hub refuses the upload or can't be reached.
         ValueError: for a folder that can't be uploaded, or another visibility than the repository has.
     """
-    path = Path(folder)
     names = check_folder(path)
     api = HfApi(token=token, library_name="hf_specdec")
     with _explained(repo_id):
@@ -82,9 +71,7 @@ def push_folder(
         if revision not in (None, "main"):
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
         if CARD_NAME not in names:
-            text = _card_on_hub(repo_id, revision, token)
-            if text is not None:
-                (path / CARD_NAME).write_bytes(text)
+            _copy_card(path, repo_id, revision, token)
             names.append(CARD_NAME)
         write_card(path, config, repo_id, results)
         info = api.create_commit(
@@ -96,15 +83,14 @@ def push_folder(
     return str(info.commit_url)
 
 
-def push_config(config: Savable, repo_id: str, *, revision: str | None = None, **options: Any) -> str:
+def push_config(config: Settings, repo_id: str, *, revision: str | None = None, **options: Any) -> str:
     """Do what `SpeculationConfig.push_to_hub` says."""
     with TemporaryDirectory() as folder:
+        path = Path(folder)
         with _explained(repo_id):
-            text = _card_on_hub(repo_id, revision, options.get("token"))
-        if text is not None:  # before the adapter's own card is copied
-            (Path(folder) / CARD_NAME).write_bytes(text)
-        config.save_pretrained(folder)
-        return push_folder(folder, config, repo_id, revision=revision, **options)
+            _copy_card(path, repo_id, revision, options.get("token"))  # before the adapter's own card is copied
+        config.save_pretrained(path)
+        return push_folder(path, config, repo_id, revision=revision, **options)
 
 
 def check_folder(folder: Path) -> list[str]:
@@ -114,8 +100,6 @@ def check_folder(folder: Path) -> list[str]:
         FileNotFoundError: if the config, or a file that it names, is not there.
         ValueError: for settings that don't load, and for weights that they don't name or of another format.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{str(folder)!r} is no folder; push one that `save_pretrained` or a training wrote.")
     named = artefacts.files_of(artefacts.read_values(folder), folder, only_inside=True)
     artefacts.check_files(folder, named)
     for name in named:
@@ -143,12 +127,10 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{str(path)!r} is no {path.suffix.removeprefix('.')} file: {error}.") from error
 
 
-def _card_on_hub(repo_id: str, revision: str | None, token: str | bool | None) -> bytes | None:
-    """Return the card that a repository has; `None` without one, and for a repository that is yet to be made."""
-    try:
-        return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)).read_bytes()
-    except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-        return None
+def _copy_card(folder: Path, repo_id: str, revision: str | None, token: str | bool | None) -> None:
+    """Copy a repository's card to `folder`; do nothing without one, or if the repository is yet to be made."""
+    with suppress(RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        shutil.copyfile(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token), folder / CARD_NAME)
 
 
 @contextmanager
@@ -163,6 +145,3 @@ def _explained(repo_id: str) -> Iterator[None]:
         raise OSError(f"Nothing was uploaded to the Hub repository {repo_id!r}. {advice} ({error})") from error
     except (HTTPError, ConnectionError, LocalEntryNotFoundError) as error:
         raise OSError(f"The Hub was not reached, so nothing was uploaded to {repo_id!r}: {error}") from error
-
-
-# with a model

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["chat_ids", "load_prompts", "long_batch", "long_prompt", "long_text"]
+__all__ = ["chat_ids", "load_prompts", "long_batch", "long_prompt"]
 
 _ONE_MESSAGE = ("prompt", "question", "text")
 QUESTION = "Summarise the text above: explain its main points one after the other, in full sentences."
@@ -25,29 +25,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: str | list[str]) -> list
     """Return the ids of a prompt that asks for the answer to a user's message.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer. Without a chat template the message itself is the prompt.
-        turns (`str` or `list[str]`):
-            The message. Of a list the first is taken: later turns need the answer to it.
+        tokenizer (`PreTrainedTokenizerBase`): the model's. Without a chat template the message itself is the prompt.
+        turns (`str` or `list[str]`): the message. Of a list the first is taken: later turns need the answer to it.
     """
     message = turns if isinstance(turns, str) else turns[0]
     if tokenizer.chat_template is None:
         return tokenizer(message)["input_ids"]
     return tokenizer(_render(tokenizer, message), add_special_tokens=False)["input_ids"]
-
-
-def long_text(tokenizer: PreTrainedTokenizerBase, tokens: int, offset: int = 0) -> str:
-    """Return a passage of the Python documentation, `tokens` tokens long.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            Counts the tokens.
-        tokens (`int`):
-            Length of the passage.
-        offset (`int`, *optional*, defaults to 0):
-            Which passage: each begins at the first paragraph after the end of the one before.
-    """
-    return str(tokenizer.decode(_passage(tokenizer, tokens, offset)))
 
 
 def long_prompt(
@@ -56,14 +40,11 @@ def long_prompt(
     """Return the ids of a chat prompt, exactly `tokens` long, that asks about a passage of the Python documentation.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The model's tokenizer.
-        tokens (`int`):
-            Length of the whole prompt, template and question included.
-        offset (`int`, *optional*, defaults to 0):
-            Which passage, see [`long_text`]; prompts of different offsets share no text but template and question.
-        question (`str`, *optional*):
-            What is asked, placed after the passage. A request for a summary by default.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        tokens (`int`): length of the whole prompt, template and question included.
+        offset (`int`, *optional*, defaults to 0): which passage: each begins at the first paragraph after the end of
+            the one before, so prompts of different offsets share no text but template and question.
+        question (`str`, *optional*): what is asked after the passage; a request for a summary by default.
     """
     head, tail = _frame(tokenizer, question)
     length = tokens - len(head) - len(tail)
@@ -82,8 +63,7 @@ def load_prompts(path: str | PathLike[str]) -> list[list[str]]:
     `question` or `text` (one message).
 
     Args:
-        path (`str` or `os.PathLike`):
-            The file. Empty lines are passed over, other fields are not read.
+        path (`str` or `os.PathLike`): the file. Empty lines are passed over, other fields are not read.
 
     Returns:
         `list[list[str]]`: the user's messages of each prompt.

@@ -13,6 +13,7 @@ from .steps import StepRow
 
 
 _WIDE = 140
+"""Columns of a terminal from which on tables are shown whole."""
 
 
 def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
@@ -24,11 +25,7 @@ def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
 
 
 def table(measurements: Sequence[Measurement], width: int = 200) -> Table:
-    """Return one table of the arms at one (context, batch); the step times are left out where `width` is narrow.
-
-    Args:
-        width (`int`, *optional*, defaults to 200): columns of the terminal.
-    """
+    """Return one table of the arms at one (context, batch), without the step times in a terminal of few columns."""
     base = fastest_stock(measurements)
     plain = next((m for m in measurements if m.name == "plain"), None)
     columns: dict[str, Callable[[Measurement], str]] = {
@@ -58,12 +55,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def kernel_table(rows: Sequence[KernelRow], bandwidth: float, width: int = 200) -> Table:
-    """Return a table of kernels; sizes and absolute errors are left out where `width` is narrow.
-
-    Args:
-        bandwidth (`float`): rate of a copy, in 1e9 bytes per second.
-        width (`int`, *optional*, defaults to 200): columns of the terminal.
-    """
+    """Return a table of kernels, as `table` does, under the `bandwidth` of a copy (in 1e9 bytes per second)."""
     title = f"kernels; a copy moves {bandwidth:.1f} GB/s, bytes read and bytes written both counted"
     columns: dict[str, Callable[[KernelRow], str]] = {
         "case": lambda r: r.case.name,
@@ -91,10 +83,7 @@ def _sdpa_ratio(row: KernelRow, rows: Sequence[KernelRow]) -> float | None:
 
 
 def step_table(rows: Sequence[StepRow], width: int = 200) -> Table:
-    """Return a table of one shape's step times; parts and floors are left out where `width` is narrow.
-
-    The last two columns are there where tokens per step were given.
-    """
+    """Return a table of one shape's step times, as `table` does; the last two columns need tokens per step."""
     columns: dict[str, Callable[[StepRow], str]] = {
         "tokens x rows": lambda r: f"{r.context} x {r.batch}",
         "decoding": lambda r: r.name,

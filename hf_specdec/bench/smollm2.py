@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -86,16 +85,12 @@ def smollm2_folder() -> Path:
 def load_smollm2(
     dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2-135M-Instruct in evaluation mode, with its tokenizer.
+    """Load SmolLM2-135M-Instruct in evaluation mode, with its tokenizer, which pads on the left.
 
     Args:
-        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
-            Type of the weights. They are stored in bf16, so that wider types hold exactly the same model.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
-            Where the model is put.
-
-    Returns:
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model, and a tokenizer that pads on the left.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of the weights. They are stored in bf16, so
+            that wider types hold exactly the same model.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the model is put.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,15 +124,12 @@ def _publish(partial: Path, folder: Path) -> None:
 
 def _convert(gguf_file: Path, partial: Path) -> None:
     """Write the model of `gguf_file` and its tokenizer to `partial` as ordinary bf16 files."""
-    steps: list[tuple[str, Callable[[Path, Path], None]]] = [
-        ("tokenizer", _convert_tokenizer),
-        ("weights", _convert_weights),
-    ]
+    steps = {"tokenizer": _convert_tokenizer, "weights": _convert_weights}
     console = Console(file=sys.stderr)  # the stream itself, because `sys.stderr` is exchanged below
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, redirect_stderr=False) as progress:
         task = progress.add_task("", total=len(steps))
-        for name, convert in steps:
+        for name, convert in steps.items():
             progress.update(task, description=f"Converting SmolLM2-135M-Instruct (once): {name}")
             # Transformers draws bars of its own for this, which can't all be switched off and would tear this one.
             with contextlib.redirect_stderr(io.StringIO()):

@@ -11,7 +11,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +77,8 @@ class StepRow:
         compiled (`bool`, *optional*): of a stock static arm: whether generate() compiled its forward.
         num_assistant_tokens (`int`, *optional*): drafts per round of the configured arm (gamma).
         tokens_per_step (`float`, *optional*): tau, measured elsewhere: `measured_at` has file, context and batch.
-        modelled (`float`, *optional*): speed-up over the static arm by `modelled_speedup`: never measured.
+        modelled (`float`, *optional*): speed-up over the static arm per column, tau * t_static / (gamma * t_draft +
+            t_verify + t_rest): never measured.
     """
 
     shape: str
@@ -243,15 +244,7 @@ def _settings(name: str) -> SpeculationConfig | None:
     except ValueError:
         return None
     neutral = {"compile": None, "kernels": "auto", "min_context": 0}
-    known = {field.name for field in fields(config)}
-    return cast(SpeculationConfig, config.override(**{k: v for k, v in neutral.items() if k in known}))
-
-
-def modelled_speedup(
-    tokens_per_step: float, drafts: int, draft_ms: float, verify_ms: float, rest_ms: float, static_ms: float
-) -> float:
-    """Return tau * t_static / (gamma * t_draft + t_verify + t_rest): the speed-up over the static arm per column."""
-    return tokens_per_step * static_ms / (drafts * draft_ms + verify_ms + rest_ms)
+    return cast(SpeculationConfig, config.override(**{k: v for k, v in neutral.items() if config.has_field(k)}))
 
 
 # measuring
@@ -299,8 +292,9 @@ def measure_shape(
         else:
             note(f"left out: {shape} at {context} tokens x {batch} needs {needed / 1e9:.3f} GB of {memory / 1e9:.3f}")
     model = build(probe.config, dtype, device) if fitting else probe
+    runs: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "progress": progress}
     for context, batch in fitting:
-        rows = _measure(shape, model, context, batch, arms, new_tokens, repeats, acceptance, progress, note)
+        rows = _measure(shape, model, context, batch, arms, acceptance, note, **runs)
         for row in rows:
             row.weights_ms = weight_bytes(model)[1] / bandwidth / 1e6
             row.kv_ms = batch * context * kv_bytes(model.config, dtype) / bandwidth / 1e6
@@ -313,11 +307,9 @@ def _measure(
     context: int,
     batch: int,
     arms: Sequence[Arm],
-    new_tokens: int,
-    repeats: int,
     acceptance: Sequence[Acceptance],
-    progress: Callable[[str], None],
     note: Callable[[str], None],
+    **runs: Any,
 ) -> list[StepRow]:
     """Time the arms one after another from a random cache, so that only one of them takes memory at a time."""
     ids = torch.randint(model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
@@ -325,7 +317,7 @@ def _measure(
     for arm in arms:
         _forget_compiled(model)
         try:
-            found = measure(model, ids, [arm], new_tokens, repeats, progress, cache=cache)
+            found = measure(model, ids, [arm], cache=cache, **runs)
         except torch.cuda.OutOfMemoryError:
             note(f"left out: {arm.name}, {shape} at {context} tokens x {batch}: the device is out of memory")
             continue
@@ -343,7 +335,7 @@ def _measure(
     for row in rows:
         gamma, tau, draft, verify = row.num_assistant_tokens, row.tokens_per_step, row.draft_ms, row.verify_ms
         if static is not None and gamma and tau and draft is not None and verify is not None:
-            row.modelled = modelled_speedup(tau, gamma, draft, verify, row.rest_ms or 0.0, static.ms_per_token)
+            row.modelled = tau * static.ms_per_token / (gamma * draft + verify + (row.rest_ms or 0.0))
     return rows
 
 
