@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from os import PathLike
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -121,12 +122,8 @@ def _passage(tokenizer: PreTrainedTokenizerBase, tokens: int, offset: int) -> li
 def _next_paragraph(position: int) -> int:
     """Return where the first paragraph after `position` begins, going round at the end of the corpus."""
     corpus = _corpus()
-    position %= len(corpus)
-    gap = corpus.find("\n\n", position)
-    start = gap + 2 if gap >= 0 else 0
-    while start < len(corpus) and corpus[start] == "\n":
-        start += 1
-    return start % len(corpus)
+    gap = re.compile("\n\n+").search(corpus, position % len(corpus))
+    return 0 if gap is None else gap.end()
 
 
 def _encode_from(tokenizer: PreTrainedTokenizerBase, start: int, tokens: int) -> list[int]:

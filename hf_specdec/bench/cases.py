@@ -95,9 +95,6 @@ class Case:
         return float(self.size**-0.5)
 
 
-# bytes
-
-
 def attention_bytes(case: Case) -> int:
     """Return the bytes of an attention: keys and values that a row reads, queries, and outputs, each once."""
     cached = sum(case.lengths) * case.key_heads * 2 * case.size
@@ -141,9 +138,6 @@ def needed_bytes(case: Case) -> int:
 def score_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the scores that the kernel exports for inputs of `dtype`."""
     return torch.float32 if dtype == torch.float32 else torch.float16
-
-
-# inputs and the reference
 
 
 class Inputs(NamedTuple):

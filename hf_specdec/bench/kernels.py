@@ -76,9 +76,6 @@ class KernelRow:
         return {"kind": "kernel", **{key: value for key, value in values.items() if key != "name"}}
 
 
-# time
-
-
 def timed(run: Run, device: torch.device, repeats: int | None = None, cold: bool = True) -> float:
     """Return the median milliseconds of `run()` on the device.
 

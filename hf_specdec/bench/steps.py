@@ -115,9 +115,6 @@ class Acceptance:
     batch: int
 
 
-# shapes
-
-
 def shape_config(name: str) -> PreTrainedConfig:
     """Return the config of a shape; raise `ValueError` with the allowed names for an unknown one."""
     if name not in SHAPES:
@@ -201,9 +198,6 @@ def free_bytes(device: torch.device) -> int:
         return 1 << 62
 
 
-# acceptance
-
-
 def read_acceptance(path: Path) -> list[Acceptance]:
     """Return the tokens per step in a file that `hf-specdec bench --json` wrote.
 
@@ -247,9 +241,6 @@ def _settings(name: str) -> SpeculationConfig | None:
     return cast(SpeculationConfig, config.override(**{k: v for k, v in neutral.items() if config.has_field(k)}))
 
 
-# measuring
-
-
 def default_arms(device: torch.device) -> list[str]:
     """Return the arms' names: stock static, plain steps and Vegas, in CUDA graphs where there are any."""
     graphs = "compile=graphs+inductor" if device.type == "cuda" else ""
@@ -274,15 +265,12 @@ def measure_shape(
 
     Args:
         shape (`str`): key of `SHAPES`.
-        device (`torch.device`): where.
         dtype (`torch.dtype`): of the weights.
         sizes (`list[tuple[int, int]]`): tokens per row (at least 2), and rows.
         arms (`list[Arm]`): with the stock arm `static` among them for the modelled column.
-        bandwidth (`float`): rate of a copy in 1e9 bytes per second.
-        memory (`int`): bytes that may be used.
-        new_tokens, repeats, progress: as for `bench.run.measure`.
         acceptance (`list[Acceptance]`, *optional*): measured tokens per step.
-        note (`Callable[[str], None]`, *optional*): told what could not be measured.
+        device, bandwidth, memory, note: as for `bench.kernels.measure_kernels`.
+        new_tokens, repeats, progress: as for `bench.run.measure`.
     """
     probe, fitting = build(shape_config(shape), dtype, torch.device("meta")), []
     for context, batch in sizes:

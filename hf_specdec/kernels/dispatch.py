@@ -33,12 +33,6 @@ class MaskSpec:
         self.arguments = arguments
         self.window: int | None = arguments.get("local_size")
 
-    def build(self, implementation: str) -> Any:
-        """Return the mask that `implementation` would have been given."""
-        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-            return None
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
-
 
 def mask_function(**arguments: Any) -> MaskSpec | None:
     """Registered with `AttentionMaskInterface`: keep the request instead of building an O(S) mask at every step.
@@ -118,7 +112,8 @@ def _original(
     else:
         function = ALL_ATTENTION_FUNCTIONS[original]
     if isinstance(mask, MaskSpec):
-        mask = mask.build(original)
+        build = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
+        mask = None if build is None else build(**mask.arguments)
     return function(module, query, key, value, mask, **kwargs)
 
 
