@@ -8,6 +8,7 @@ JSON are ever read, and only what lies inside the folder.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -89,13 +90,11 @@ def forget() -> None:
 
 def place(folder: Path) -> str:
     """Return how messages name a folder: by its repository where it lies in the Hub's cache."""
-    parts = folder.parts
-    for index, part in enumerate(parts[:-2]):
-        if part.startswith("models--") and parts[index + 1] == "snapshots":
-            name = part.removeprefix("models--").replace("--", "/")
-            inner = "/".join(parts[index + 3 :])
-            return f"{name!r} on the Hub ({inner + ', ' if inner else ''}revision {parts[index + 2][:12]})"
-    return repr(str(folder))
+    found = re.search(r"(?:^|/)models--([^/]+)/snapshots/([^/]+)(?:/(.+))?$", folder.as_posix())
+    if found is None:
+        return repr(str(folder))
+    name, revision, inner = found.groups()
+    return f"{name.replace('--', '/')!r} on the Hub ({inner + ', ' if inner else ''}revision {revision[:12]})"
 
 
 def read_values(folder: Path) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Settings(Protocol):
         """Whether the settings name what drafts."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the settings, the adapter that they name, and a card, to a folder."""
+        """Write the settings, the adapter that they name, and a card."""
 
 
 def write_card(
@@ -113,12 +113,9 @@ def write_card(
     if (begins, ends) not in ((0, 0), (1, 1)) or text.find(BEGIN) > text.find(END):
         raise ValueError(f"{str(file)!r} must hold {BEGIN} and then {END}, once each, or neither.")
     if begins:
-        text = text[: text.index(BEGIN)] + _between(card) + text[text.index(END) + len(END) :]
+        generated = card[card.index(BEGIN) : card.index(END)]
+        text = text[: text.index(BEGIN)] + generated + text[text.index(END) :]
     file.write_bytes(_completed(text, data, str(file)).encode("utf-8"))
-
-
-def _between(text: str) -> str:
-    return text[text.index(BEGIN) : text.index(END) + len(END)]
 
 
 def _completed(text: str, data: ModelCardData, where: str) -> str:

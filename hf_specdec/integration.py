@@ -140,21 +140,13 @@ def _requested(model: PreTrainedModel, generation_config: GenerationConfig | Non
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of `generate()` that a strategy was named for.
-
-    Args:
-        model (`PreTrainedModel`): the target.
-        keywords (`dict`): all that stock would take, positional arguments included.
-        strategy (`str` or `SpeculationConfig`): what `assistant_strategy` is.
-        settings (`dict`, *optional*): fields of its config that differ.
-        asked (`bool`): whether this call names it; a saved generation config does otherwise.
-    """
+    """One call of `generate()` that a strategy was named for."""
 
     model: PreTrainedModel
-    keywords: dict[str, Any]
+    keywords: dict[str, Any]  # all that stock would take, positional arguments included
     strategy: str | SpeculationConfig
-    settings: dict[str, Any] | None
-    asked: bool
+    settings: dict[str, Any] | None  # fields of its config that differ
+    asked: bool  # whether this call names it; a saved generation config does otherwise
 
     @classmethod
     def read(cls, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:

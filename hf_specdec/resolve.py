@@ -142,12 +142,10 @@ def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:
     Args:
         folder (`str` or `Path`): as `save_pretrained` or a training writes it.
         repo_id (`str`): the repository, made where needed.
-        options: those of `hub.push_folder`.
+        options: those of `hub.push_folder`, whose errors are raised, too.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no settings in it.
-        OSError: if the Hub refuses the upload or can't be reached.
-        ValueError: for a folder that can't be uploaded.
     """
     path = Path(folder)
     if not path.is_dir():

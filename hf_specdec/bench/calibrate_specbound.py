@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +26,7 @@ from ..generation.models.layerwise import Layerwise, Staircase, watched
 from ..generation.models.surgery import decoder_layers
 from ..generation.runner import ModelRunner
 from ..kernels.dispatch import register, speculative_attention
+from ..training.data import Sampling, answers
 from .run import Arm, measure
 
 
@@ -95,9 +95,7 @@ class Replayed:
 
 
 @torch.no_grad()
-def trace_exits(
-    model: PreTrainedModel, heads: ExitHeads, text: torch.Tensor, prompt: int, alphas: Sequence[float] = ALPHAS
-) -> Trace:
+def trace_exits(model: PreTrainedModel, heads: ExitHeads, text: torch.Tensor, prompt: int) -> Trace:
     """Return what the exits say along the answer of a text `[1, T]` that the model wrote after `prompt` tokens."""
     parts = Layerwise(model)
     depth, ids = len(parts.layers), text[:, :-1]
@@ -115,7 +113,7 @@ def trace_exits(
             inputs = heads.head_input(layer, hidden)
             logits = heads.score(layer, inputs[0, answer]).float()
             trace.hits[layer, step] = (heads.tokens(logits.argmax(dim=-1)) == wanted).tolist()
-            for alpha in alphas:
+            for alpha in ALPHAS:
                 scale = SpecBoundConfig(alpha=alpha).temperature(layer, depth, True)
                 trace.confidence[layer, step, alpha] = annealed_confidence(logits, scale).tolist()
     return trace
@@ -136,7 +134,7 @@ def replay(
     first, later = ([_outcomes(trace, step, exits, alpha, tau) for trace in traces] for step in (0, 1))
     leaving = [exit_at for positions in later for exit_at, _ in positions if exit_at]
     share = len(leaving) / max(sum(map(len, later)), 1)
-    passing = [costs.layer[0] * exit_at + costs.test * _tests(exits, exit_at) for exit_at in leaving]
+    passing = [costs.layer[0] * exit_at + costs.test * (exits.index(exit_at) + 1) for exit_at in leaving]
     further = costs.token + statistics.mean(passing or [0])
     spent = 0.0
     rounds = tokens = drafted = accepted = depths = 0
@@ -151,8 +149,10 @@ def replay(
                     break
                 passed.append(exit_at)
             difficult = right and len(passed) < room
-            spent += costs.round + costs.token * (len(passed) + 1) + _deep_pass(tuple(passed), depth, costs)
-            spent += costs.test * (sum(_tests(exits, exit_at) for exit_at in passed) + len(exits) * difficult)
+            spent += costs.round + costs.token * (len(passed) + 1)
+            spent += _layer_times(tuple(passed), depth, tuple(costs.layer))
+            spent += costs.head[min(len(passed), len(costs.head) - 1)]
+            spent += costs.test * (sum(exits.index(exit_at) + 1 for exit_at in passed) + len(exits) * difficult)
             if not right:  # what follows a wrong draft is not known
                 spent += further * sum(share**more for more in range(1, room - len(passed) + 1))
             kept = len(passed) - (not right)
@@ -175,17 +175,9 @@ def _outcomes(trace: Trace, step: int, exits: Sequence[int], alpha: float, tau: 
     ]
 
 
-def _tests(exits: Sequence[int], exit_at: int) -> int:
-    return exits.index(exit_at) + 1
-
-
-def _deep_pass(passed: tuple[int, ...], depth: int, costs: Costs) -> float:
-    """Return the time of all layer calls and the head of a round whose drafts left at the depths `passed`."""
-    return _layer_times(passed, depth, tuple(costs.layer)) + costs.head[min(len(passed), len(costs.head) - 1)]
-
-
 @functools.cache
 def _layer_times(passed: tuple[int, ...], depth: int, layer: tuple[float, ...]) -> float:
+    """Return the time of all layer calls of a round whose drafts left at the depths `passed`."""
     depths: list[int] = []
     spent = 0.0
     for goal in (*passed, depth):  # the last token takes all with it
@@ -222,20 +214,20 @@ def profile_specbound(
         for _ in range(repeats):
             for count in range(1, width + 2):
                 staircase.restart(length)
-                with _timed(times, f"token {count}"):
+                with clocked(times, f"token {count}"):
                     for _ in range(count):
                         staircase.push(token)
-                with _timed(times, f"layer {count}"):
+                with clocked(times, f"layer {count}"):
                     while staircase.depths[-1] < len(parts.layers):
                         staircase.advance()
-                with _timed(times, f"head {count}"):
+                with clocked(times, f"head {count}"):
                     tail(parts.norm(staircase.states[:, :count])).argmax(dim=-1).tolist()
             exit_at = heads.layers[0]
             staircase.restart(length)
             staircase.push(token)
             for depth in heads.layers:
                 reader.note(depth, staircase, 0)
-            with _timed(times, "test"):
+            with clocked(times, "test"):
                 bool(annealed_confidence(reader.logits(exit_at, staircase), 1.1) >= 1)
             reader.commit(1, staircase, staircase.states[:, :1])
     middle = {name: statistics.median(values[1:]) for name, values in times.items()}
@@ -247,7 +239,8 @@ def profile_specbound(
 
 
 @contextmanager
-def _timed(times: dict[str, list[float]], name: str) -> Iterator[None]:
+def clocked(times: dict[str, list[float]], name: str) -> Iterator[None]:
+    """Note under a name how many milliseconds the block takes."""
     start = time.perf_counter()
     yield
     times.setdefault(name, []).append(1000 * (time.perf_counter() - start))
@@ -284,13 +277,9 @@ def calibrate_specbound(
         heads = ExitHeads(model, config.exits(depth, None), "final")
     traces = []
     for prompt in prompts:
-        text = cast(Any, model).generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            assistant_strategy="plain",
-        )
+        row = prompt[0].tolist()
+        (answer,) = answers(model, [row], Sampling(0.0, max_new_tokens=new_tokens), {"assistant_strategy": "plain"})
+        text = torch.tensor([[*row, *answer]], device=prompt.device)
         traces.append(trace_exits(model, heads, text, prompt.shape[1]))
         progress("text")
     costs = profile_specbound(model, heads, prompts[0])

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,15 +171,11 @@ def _triton(case: Case, inputs: Any) -> Run | str:
     return both
 
 
-def _ours(module: Any) -> Callable[[Case, Inputs], Run]:
-    """Return the builder for one of the package's attention functions over the cache's storage."""
-
-    def build(case: Case, inputs: Inputs) -> Run:
-        address = Address(case.starts, case.queries)
-        rules = AttentionRules(case.scaling, score=SCORED if case.kind == "scored" else None)
-        return lambda: module.cached_attention(*inputs, address, rules)
-
-    return build
+def _ours(module: Any, case: Case, inputs: Inputs) -> Run:
+    """Launch one of the package's attention functions over the cache's storage."""
+    address = Address(case.starts, case.queries)
+    rules = AttentionRules(case.scaling, score=SCORED if case.kind == "scored" else None)
+    return lambda: module.cached_attention(*inputs, address, rules)
 
 
 def _dense(case: Case, inputs: Inputs) -> Run | str:
@@ -206,7 +203,7 @@ def _dense(case: Case, inputs: Inputs) -> Run | str:
 
 def _flash(case: Case, inputs: Inputs) -> Run | str:
     request = Request.read(inputs.query, inputs.value, AttentionRules(case.scaling))
-    return flash.lacks(request) or _ours(flash)(case, inputs)
+    return flash.lacks(request) or _ours(flash, case, inputs)
 
 
 def _reference(case: Case, inputs: Inputs) -> Run:
@@ -217,43 +214,36 @@ def _reference(case: Case, inputs: Inputs) -> Run:
     return run
 
 
-def _reduction(fast: bool) -> Callable[[Case, Inputs], Run]:
-    """Return the builder of a reduction in plain torch operations, from products as large as the kernel's."""
+def _reduction(fast: bool, case: Case, inputs: Inputs) -> Run:
+    """Launch a reduction in plain torch operations, from products as large as the kernel's."""
+    starts = torch.tensor(case.starts, device=inputs.query.device)
+    weights, _ = reference.attention_weights(inputs.query, inputs.key, starts, scaling=case.scaling)
+    # products up to a constant, which the softmax takes out again; -inf where a query may not read
+    products = weights[:, :, [0, -1]].log()
+    products = (products - products.amax(dim=-1, keepdim=True)).to(score_dtype(case.dtype))
+    address, last = Address(case.starts, 2), torch.ones_like(starts)
 
-    def build(case: Case, inputs: Inputs) -> Run:
-        starts = torch.tensor(case.starts, device=inputs.query.device)
-        weights, _ = reference.attention_weights(inputs.query, inputs.key, starts, scaling=case.scaling)
-        # products up to a constant, which the softmax takes out again; -inf where a query may not read
-        products = weights[:, :, [0, -1]].log()
-        products = (products - products.amax(dim=-1, keepdim=True)).to(score_dtype(case.dtype))
-        address, last = Address(case.starts, 2), torch.ones_like(starts)
+    def run() -> Any:
+        found = torch.softmax(products.float(), dim=-1)
+        if fast:
+            return None, explicit.token_scores(found.unflatten(1, (case.key_heads, -1)), address, SCORED)
+        return None, reference.token_scores(found, products, last, queries=SCORED.queries, metric=SCORED.metric)
 
-        def run() -> Any:
-            found = torch.softmax(products.float(), dim=-1)
+    return run
+
+
+def _gather(fast: bool, case: Case, inputs: Lists) -> Run:
+    """Launch a gather layer by layer, as the draft view does it or by `torch.gather`."""
+
+    def run() -> list[torch.Tensor]:
+        for at, (source, target) in enumerate(zip(inputs.sources, inputs.targets, strict=True)):
             if fast:
-                return None, explicit.token_scores(found.unflatten(1, (case.key_heads, -1)), address, SCORED)
-            return None, reference.token_scores(found, products, last, queries=SCORED.queries, metric=SCORED.metric)
+                gather_slots(source, flat_index(inputs.slots[at // 2], source), target)
+            else:
+                target.copy_(_chosen(case, inputs, at))
+        return inputs.targets
 
-        return run
-
-    return build
-
-
-def _gather(fast: bool) -> Callable[[Case, Lists], Run]:
-    """Return the builder of a gather layer by layer, as the draft view does it or by `torch.gather`."""
-
-    def build(case: Case, inputs: Lists) -> Run:
-        def run() -> list[torch.Tensor]:
-            for at, (source, target) in enumerate(zip(inputs.sources, inputs.targets, strict=True)):
-                if fast:
-                    gather_slots(source, flat_index(inputs.slots[at // 2], source), target)
-                else:
-                    target.copy_(_chosen(case, inputs, at))
-            return inputs.targets
-
-        return run
-
-    return build
+    return run
 
 
 def _chosen(case: Case, inputs: Lists, at: int) -> torch.Tensor:
@@ -264,7 +254,7 @@ def _chosen(case: Case, inputs: Lists, at: int) -> torch.Tensor:
 
 Builder = Callable[[Case, Any], "Run | str"]
 _WITH_SCORES: dict[str, Builder] = {
-    "triton": _triton, "explicit": _ours(explicit), "sdpa": _ours(packed), "reference": _reference,
+    "triton": _triton, "explicit": partial(_ours, explicit), "sdpa": partial(_ours, packed), "reference": _reference,
 }  # fmt: skip
 _ATTEND = {**_WITH_SCORES, "sdpa_dense": _dense, "flash_attn": _flash}
 IMPLEMENTATIONS: dict[str, dict[str, Builder]] = {
@@ -272,8 +262,8 @@ IMPLEMENTATIONS: dict[str, dict[str, Builder]] = {
     "verify": _ATTEND,
     "scored": _WITH_SCORES,
     "export": {"triton": _triton},
-    "reduce": {"triton": _triton, "explicit": _reduction(True), "reference": _reduction(False)},
-    "gather": {"triton": _triton, "explicit": _gather(True), "reference": _gather(False)},
+    "reduce": {"triton": _triton, "explicit": partial(_reduction, True), "reference": partial(_reduction, False)},
+    "gather": {"triton": _triton, "explicit": partial(_gather, True), "reference": partial(_gather, False)},
 }
 """Implementations by kind of case: `triton` (this package's kernels), `explicit` (plain products), `sdpa` (PyTorch's
 fused attention, query group packed), `sdpa_dense` and `flash_attn` (dense flash attention), `reference`."""

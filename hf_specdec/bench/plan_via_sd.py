@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ from ..generation.models.vocabulary import pad_vocabulary
 from ..generation.runner import ModelRunner
 from ..kernels.dispatch import register, speculative_attention
 from ..training.scoring import SlimScorer, margin_cost
+from .calibrate_specbound import clocked
 
 
 GAMMAS = range(1, 17)
@@ -157,7 +157,7 @@ def _tokens(rate: float, drafts: float) -> float:
     return drafts + 1 if rate >= 1 else (1 - rate ** (drafts + 1)) / (1 - rate)
 
 
-def costs_by_bytes(layers: float, head: float, skipped: float, draft: float, overhead: float = 0.0) -> Costs:
+def costs_by_bytes(layers: float, head: float, skipped: float, draft: float) -> Costs:
     """Return the costs of a device that is bound by reading weights, in parameters (or bytes) of one unit.
 
     Args:
@@ -165,10 +165,9 @@ def costs_by_bytes(layers: float, head: float, skipped: float, draft: float, ove
         head (`float`): its LM head.
         skipped (`float`): share of the layers that the slim verifier leaves out.
         draft (`float`): the drafter, head included.
-        overhead (`float`, *optional*, defaults to 0.0): of a forward, as a share of a plain token.
     """
     whole = layers + head
-    return Costs(draft / whole, [(layers * (1 - skipped) + head) / whole], [1.0], overhead)
+    return Costs(draft / whole, [(layers * (1 - skipped) + head) / whole], [1.0])
 
 
 @torch.no_grad()
@@ -194,17 +193,15 @@ def measure_costs(
         twin = slim_model(model, units, slim.keep, slim.terms)
         runners["slim"] = ModelRunner(twin, runners["full"].cache, room, units.attentions(slim.keep))
         cases = [("draft", 1), *((name, count) for count in range(1, width + 1) for name in ("full", "slim"))]
-        for repeat in range(repeats + 1):
+        for _ in range(repeats + 1):
             for name, count in cases:
                 tokens = prompt[:, -1:].expand(1, count)
                 if prompt.device.type == "cuda":
                     torch.cuda.synchronize()
-                start = time.perf_counter()
-                runners[name].forward(tokens, [length]).logits.argmax(dim=-1).tolist()
-                if repeat:
-                    times.setdefault(f"{name} {count}", []).append(time.perf_counter() - start)
+                with clocked(times, f"{name} {count}"):
+                    runners[name].forward(tokens, [length]).logits.argmax(dim=-1).tolist()
             progress("costs")
-    middle = {name: statistics.median(values) for name, values in times.items()}
+    middle = {name: statistics.median(values[1:]) for name, values in times.items()}
     one = middle["full 1"]
     full, lean = ([middle[f"{name} {count}"] / one for count in range(1, width + 1)] for name in ("full", "slim"))
     return Costs(middle["draft 1"] / one, lean, full)
@@ -218,7 +215,6 @@ def measure_rates(
     gate: laws.Gate,
     *,
     sampling: bool = False,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> Rates:
     """Measure acceptance along the answers of the scorer's texts, which the model wrote.
 
@@ -249,7 +245,6 @@ def measure_rates(
             shares += [(of_draft == kind).sum() for kind in range(3)]
         delta = margin_cost(q, p).sum() - margin_cost(s, p).sum() - margin_cost(q, s).sum()
         sums += torch.stack([*shares, delta]).double().cpu()
-        progress("rates")
     a, inner, outer, *tiers, delta = (sums / sum(len(t) for t in scorer.teacher)).tolist()
     return Rates(a, inner, outer, (tiers[0], tiers[1], tiers[2]), delta)
 

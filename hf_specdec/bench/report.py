@@ -25,7 +25,7 @@ def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
 
 
 def table(measurements: Sequence[Measurement], width: int = 200) -> Table:
-    """Return one table of the arms at one (context, batch), without the step times in a terminal of few columns."""
+    """Return one table of the arms at one (context, batch); a terminal of few columns, `width`, gets no step times."""
     base = fastest_stock(measurements)
     plain = next((m for m in measurements if m.name == "plain"), None)
     columns: dict[str, Callable[[Measurement], str]] = {

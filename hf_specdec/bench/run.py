@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import platform
 import statistics
@@ -93,11 +94,10 @@ class _Clock:
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: torch.Tensor | None = None) -> None:
         self.times.append(time.perf_counter())
 
-    def end(self) -> None:
-        self.times.append(time.perf_counter())
+    end = put
 
     @property
     def decoding(self) -> float:
@@ -162,14 +162,13 @@ def _value(text: str) -> Any:
     return {"True": True, "true": True, "False": False, "false": False, "None": None}.get(text, text)
 
 
+@torch.no_grad()
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> tuple[DynamicCache, float]:
     """Return a stock cache of all tokens of `ids` `[b, T]` but the last, and the seconds that it took."""
     cache = DynamicCache(config=model.config)
     start = time.perf_counter()
-    with torch.no_grad():
-        for first in range(0, ids.shape[1] - 1, _PREFILL_CHUNK):
-            part = ids[:, first : min(first + _PREFILL_CHUNK, ids.shape[1] - 1)]
-            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    for part in ids[:, :-1].split(_PREFILL_CHUNK, dim=1):
+        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
     if ids.device.type == "cuda":
         torch.cuda.synchronize()
     return cache, time.perf_counter() - start
@@ -326,7 +325,8 @@ def _summarise(
     middle = statistics.median(per_column)
     result = Measurement(arm.name, context, batch, new_tokens, 1000 * batch / middle, middle, per_column)
     if "default" in texts:
-        result.same_tokens = _agreement(texts[arm.name], texts["default"])
+        same = (texts[arm.name] == texts["default"]).long().cumprod(dim=1)
+        result.same_tokens = float(same.sum() / same.numel())
     if runs and runs[-1].num_draft_tokens:
         last = runs[-1]
         result.tokens_per_step, result.acceptance = last.mean_tokens_per_step, last.acceptance_rate
@@ -343,33 +343,21 @@ def _summarise(
     return result
 
 
-def _agreement(text: torch.Tensor, other: torch.Tensor) -> float:
-    same = (text == other).long().cumprod(dim=1)
-    return float(same.sum() / same.numel())
-
-
 def environment() -> dict[str, Any]:
     """Return what a figure has to be read with: versions, device and threads."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "hf_specdec": __version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
+        "hf_specdec": __version__, "transformers": transformers.__version__, "torch": torch.__version__,
+        "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
 def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(
-                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-                platform.processor(),
-            )
-    except OSError:
-        return platform.processor()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def to_json(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
 if TYPE_CHECKING:
@@ -124,17 +123,12 @@ def _publish(partial: Path, folder: Path) -> None:
 
 def _convert(gguf_file: Path, partial: Path) -> None:
     """Write the model of `gguf_file` and its tokenizer to `partial` as ordinary bf16 files."""
-    steps = {"tokenizer": _convert_tokenizer, "weights": _convert_weights}
     console = Console(file=sys.stderr)  # the stream itself, because `sys.stderr` is exchanged below
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, redirect_stderr=False) as progress:
-        task = progress.add_task("", total=len(steps))
-        for name, convert in steps.items():
-            progress.update(task, description=f"Converting SmolLM2-135M-Instruct (once): {name}")
-            # Transformers draws bars of its own for this, which can't all be switched off and would tear this one.
-            with contextlib.redirect_stderr(io.StringIO()):
-                convert(gguf_file, partial)
-            progress.advance(task)
+    for name, convert in (("tokenizer", _convert_tokenizer), ("weights", _convert_weights)):
+        shown = console.status(f"Converting SmolLM2-135M-Instruct (once): {name}")
+        # Transformers draws bars of its own for this, which can't all be switched off and would tear this line.
+        with shown, contextlib.redirect_stderr(io.StringIO()):
+            convert(gguf_file, partial)
 
 
 def _convert_tokenizer(gguf_file: Path, partial: Path) -> None:

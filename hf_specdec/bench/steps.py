@@ -261,7 +261,7 @@ def measure_shape(
     progress: Callable[[str], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Iterator[list[StepRow]]:
-    """Yield one shape's step times at each (context, batch) that fits the memory.
+    """Yield one shape's step times at each (context, batch) that fits the memory, where one arm runs at a time.
 
     Args:
         shape (`str`): key of `SHAPES`.
@@ -280,51 +280,39 @@ def measure_shape(
         else:
             note(f"left out: {shape} at {context} tokens x {batch} needs {needed / 1e9:.3f} GB of {memory / 1e9:.3f}")
     model = build(probe.config, dtype, device) if fitting else probe
-    runs: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "progress": progress}
     for context, batch in fitting:
-        rows = _measure(shape, model, context, batch, arms, acceptance, note, **runs)
-        for row in rows:
+        ids = torch.randint(model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
+        ids, cache, rows = ids.to(device), random_cache(model, batch, context - 1), []
+        for arm in arms:
+            _forget_compiled(model)
+            try:
+                found = measure(model, ids, [arm], new_tokens, repeats, progress, cache=cache)
+                reason = "it is limited to one row"
+            except torch.cuda.OutOfMemoryError:
+                found, reason = [], "the device is out of memory"
+            if not found:
+                note(f"left out: {arm.name}, {shape} at {context} tokens x {batch}: {reason}")
+                continue
+            row = _row(shape, arm, found[0], context, batch, acceptance)
             row.weights_ms = weight_bytes(model)[1] / bandwidth / 1e6
             row.kv_ms = batch * context * kv_bytes(model.config, dtype) / bandwidth / 1e6
+            if arm.static:
+                row.compiled = "_compiled_call" in vars(model)
+                if device.type == "cuda" and not row.compiled:
+                    note("generate() did not compile the static arm, so it is no fair baseline here.")
+            rows.append(row)
+        _forget_compiled(model)
+        _model_speedups(rows)
         yield rows
 
 
-def _measure(
-    shape: str,
-    model: PreTrainedModel,
-    context: int,
-    batch: int,
-    arms: Sequence[Arm],
-    acceptance: Sequence[Acceptance],
-    note: Callable[[str], None],
-    **runs: Any,
-) -> list[StepRow]:
-    """Time the arms one after another from a random cache, so that only one of them takes memory at a time."""
-    ids = torch.randint(model.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
-    ids, cache, rows = ids.to(model.device), random_cache(model, batch, context - 1), []
-    for arm in arms:
-        _forget_compiled(model)
-        try:
-            found = measure(model, ids, [arm], cache=cache, **runs)
-        except torch.cuda.OutOfMemoryError:
-            note(f"left out: {arm.name}, {shape} at {context} tokens x {batch}: the device is out of memory")
-            continue
-        if not found:
-            note(f"left out: {arm.name}, {shape} at {context} tokens x {batch}: it is limited to one row")
-            continue
-        row = _row(shape, arm, found[0], context, batch, acceptance)
-        if arm.static:
-            row.compiled = "_compiled_call" in vars(model)
-            if model.device.type == "cuda" and not row.compiled:
-                note("generate() did not compile the static arm, so it is no fair baseline here.")
-        rows.append(row)
-    _forget_compiled(model)
+def _model_speedups(rows: Sequence[StepRow]) -> None:
+    """Note the modelled speed-up of every row that has what it takes, over the static arm of the same size."""
     static = next((row for row in rows if row.name == "static"), None)
     for row in rows:
         gamma, tau, draft, verify = row.num_assistant_tokens, row.tokens_per_step, row.draft_ms, row.verify_ms
         if static is not None and gamma and tau and draft is not None and verify is not None:
             row.modelled = tau * static.ms_per_token / (gamma * draft + verify + (row.rest_ms or 0.0))
-    return rows
 
 
 def _row(

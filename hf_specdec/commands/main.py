@@ -45,9 +45,7 @@ def list_strategies() -> None:
     """List the strategies."""
     from ..registry import STRATEGIES, strategy_class
 
-    table = Table()
-    for heading in ("strategy", "lossless", "second model", "batches", "presets", "paper"):
-        table.add_column(heading)
+    table = Table("strategy", "lossless", "second model", "batches", "presets", "paper")
     for name in STRATEGIES:
         cls = strategy_class(name)
         table.add_row(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,8 +23,6 @@ from .options import expanded
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
     from ..training.data import Text
@@ -92,7 +89,14 @@ def _distillation(
         **more: Any,
     ) -> None:
         loaded, texts, notes = model_and_texts(data, exclude, target)
-        with _distilling(settings.steps) as report:
+        with bar("training", settings.steps) as advance:
+
+            def report(figures: dict[str, Any]) -> None:
+                if "loss" in figures:
+                    advance(1)
+                else:
+                    console.print({key: round(v, 4) if isinstance(v, float) else v for key, v in figures.items()})
+
             train(loaded, texts, folder=out, settings=settings, resume=resume, notes=notes, report=report, **more)
         finish(out)
 
@@ -100,32 +104,16 @@ def _distillation(
     app.command(name, help=about)(expanded(command, more, **defaults))
 
 
-_distillation(
-    "draft",
-    "Cut a draft model out of the target and distil it on text that the target wrote.",
-    DraftTraining,
-    train_draft,
-    layers=(0, 1, 28, 29),
-)
-_distillation(
-    "specbound",
-    "Train SpecBound's exit heads on text that the model wrote; the model itself stays as it is.",
-    ExitTraining,
-    train_exit_heads,
-)
-_distillation(
-    "via_sd",
-    "Train a LoRA for the layers that VIA-SD's slim verifier keeps; the model itself stays as it is.",
-    SlimTraining,
-    train_slim,
-    {"mask": Annotated[str, typer.Option(help="Folder of a mask, as `calibrate via_sd` writes it.")]},
-)
-_distillation(
-    "spd",
-    "Train SPD's draft module on text that the model wrote; the model itself stays as it is.",
-    ModuleTraining,
-    train_draft_module,
-)
+_ABOUT_DRAFT = "Cut a draft model out of the target and distil it on text that the target wrote."
+_ABOUT_HEADS = "Train SpecBound's exit heads on text that the model wrote; the model itself stays as it is."
+_ABOUT_SLIM = "Train a LoRA for the layers that VIA-SD's slim verifier keeps; the model itself stays as it is."
+_ABOUT_MODULE = "Train SPD's draft module on text that the model wrote; the model itself stays as it is."
+_MASK = Annotated[str, typer.Option(help="Folder of a mask, as `calibrate via_sd` writes it.")]
+
+_distillation("draft", _ABOUT_DRAFT, DraftTraining, train_draft, layers=(0, 1, 28, 29))
+_distillation("specbound", _ABOUT_HEADS, ExitTraining, train_exit_heads)
+_distillation("via_sd", _ABOUT_SLIM, SlimTraining, train_slim, {"mask": _MASK})
+_distillation("spd", _ABOUT_MODULE, ModuleTraining, train_draft_module)
 
 
 @app.command("convert-spd")
@@ -205,17 +193,3 @@ def model_and_texts(
     console.print(f"{len(texts)} texts, {sum(len(t.ids) for t in texts)} tokens; {before - len(texts)} dropped")
     notes = {"command": shlex.join(["hf-specdec", *sys.argv[1:]]), "data": [path.name for path in data]}
     return loaded, texts, {**notes, "excluded": [path.name for path in exclude or []]}
-
-
-@contextmanager
-def _distilling(steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show the progress of a distillation; yields what it reports to."""
-    with bar("training", steps) as advance:
-
-        def report(figures: dict[str, Any]) -> None:
-            if "loss" in figures:
-                advance(1)
-            else:
-                console.print({key: round(v, 4) if isinstance(v, float) else v for key, v in figures.items()})
-
-        yield report

@@ -88,10 +88,9 @@ class DecodingLoop:
         strategy = self.make_strategy()
         if windows is None:
             windows = admission.admit(model, generation_config, synced_gpus)
-        state, emitter = self._prepare(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, list(windows), model_kwargs,
-            self.streamer if self.streamer is not None else streamer, strategy,
-        )  # fmt: skip
+        chain = logits_processor or LogitsProcessorList()
+        state = self._prepare(strategy, model, input_ids, chain, generation_config, list(windows), model_kwargs)
+        emitter = self._emitter(strategy, state, stopping_criteria or StoppingCriteriaList(), streamer)
         past = model_kwargs.get("past_key_values")
         keep_cache = bool(generation_config.return_dict_in_generate) or getattr(past, "_is_user_defined", False)
         keep_cache = keep_cache and strategy.whole_model
@@ -125,16 +124,14 @@ class DecodingLoop:
 
     def _prepare(
         self,
+        strategy: SpeculationStrategy,
         model: PreTrainedModel,
         input_ids: torch.Tensor,
-        processors: LogitsProcessorList | None,
-        criteria: StoppingCriteriaList | None,
+        processors: LogitsProcessorList,
         generation_config: GenerationConfig,
         windows: list[int | None],
         model_kwargs: dict[str, Any],
-        streamer: Any,
-        strategy: SpeculationStrategy,
-    ) -> tuple[DecodingState, Emitter]:
+    ) -> DecodingState:
         """Check the call and build its state; nothing has been computed or changed by then."""
         admission.check_arguments(model_kwargs)
         programs.check(self.config.compile, self.config.kernels, model)
@@ -152,32 +149,34 @@ class DecodingLoop:
         admission.check_rope(
             model.config.get_text_config(decoder=True), min(prompt.lengths), max(prompt.lengths) + room
         )
-        chain = ProcessorChain(processors or LogitsProcessorList())
         rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
         stats = SpeculationStats(strategy=self.config.strategy, accept_lengths=rows, timed=timings_wanted())
-        state = DecodingState(model, prompt, generation_config, chain, windows, stats)
-        returns = bool(generation_config.return_dict_in_generate) and strategy.controls
-        emitter = Emitter(state, criteria or StoppingCriteriaList(), streamer, returns)
-        if not strategy.batched and state.batch > 1:
-            self._check_in_turn(emitter, state.batch)
+        state = DecodingState(model, prompt, generation_config, ProcessorChain(processors), windows, stats)
         if not strategy.whole_model:
             admission.check_partial(model_kwargs.get("past_key_values"), generation_config, state.batch)
         if not strategy.lossless:
             logger.warning_once(
                 f"The strategy {self.config.strategy!r} is lossy under these settings: see its documentation."
             )
-        return state, emitter
+        return state
 
-    def _check_in_turn(self, emitter: Emitter, batch: int) -> None:
-        what = [type(rule).__name__ for rule in emitter.custom] + (
-            ["streamer"] if emitter.streamer is not None else []
-        )
-        if what:
+    def _emitter(
+        self, strategy: SpeculationStrategy, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any
+    ) -> Emitter:
+        """Return what emits the call's tokens; raise `ValueError` for readers of columns where rows decode in turn."""
+        streamer = streamer if self.streamer is None else self.streamer
+        returns = bool(state.generation_config.return_dict_in_generate) and strategy.controls
+        emitter = Emitter(state, criteria, streamer, returns)
+        if strategy.batched or state.batch == 1:
+            return emitter
+        readers = [type(rule).__name__ for rule in emitter.custom] + ([] if streamer is None else ["streamer"])
+        if readers:
             raise ValueError(
-                f"The strategy {self.config.strategy!r} decodes the {batch} rows in turn, so it can't serve "
-                f"{', '.join(what)}, which see all rows column by column; pass one row per call."
+                f"The strategy {self.config.strategy!r} decodes the {state.batch} rows in turn, so it can't serve "
+                f"{', '.join(readers)}, which see all rows column by column; pass one row per call."
             )
         logger.warning_once(f"The strategy {self.config.strategy!r} decodes the rows of a batch in turn.")
+        return emitter
 
     def _decode(
         self, strategy: SpeculationStrategy, state: DecodingState, emitter: Emitter, rows: list[int]

@@ -128,9 +128,6 @@ class Drafter:
     def commit(self, state: DecodingState) -> None:
         """Take note of the tokens that were emitted (`state.committed`)."""
 
-    def swap(self, i: int, j: int) -> None:
-        """Exchange whatever is kept of the active rows i and j."""
-
     def close(self, state: DecodingState) -> None:
         """Release what `setup` took; also called after an exception."""
 

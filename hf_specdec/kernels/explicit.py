@@ -85,7 +85,7 @@ def _softmax(
 
 
 def token_scores(source: torch.Tensor, address: Address, score: ScoreRequest) -> torch.Tensor:
-    """Return the mean of `source` `[n, h_kv, groups, m, S]` over heads and chosen query rows, float32 (or float64)."""
+    """Return the mean of `source` `[n, h_kv, groups, m, S]` over heads and chosen queries, float32 (or float64)."""
     queries = score.queries
     dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
     dims = (2, 3) if score.per_head else (1, 2, 3)

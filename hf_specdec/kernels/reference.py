@@ -64,7 +64,7 @@ def token_scores(
     metric: str,
     key_heads: int | None = None,
 ) -> torch.Tensor:
-    """Return Vegas' importance of each slot, the mean over query heads and chosen query rows (arXiv 2602.07223).
+    """Return Vegas' importance of each slot, the mean over query heads and chosen queries (arXiv 2602.07223).
 
     Args:
         weights, raw (`torch.Tensor` of shape `[n, h_q, m, S]`): from `attention_weights`.

@@ -14,7 +14,7 @@ class ScoreRequest(NamedTuple):
     """Which token scores an attention returns beside its output.
 
     Attributes:
-        queries (`str`): query rows that count: `"first_last"` (the two may be one and the same), `"last"`, or `"all"`
+        queries (`str`): queries that count: `"first_last"` (the two may be one and the same), `"last"`, or `"all"`
             up to the last real one.
         metric (`str`): the mean of the attention `"weight"`, or of the raw products, `"logit"`.
         per_head (`bool`): keep the key heads apart, each the mean over its own query heads.
@@ -130,7 +130,7 @@ class ForwardRequest(NamedTuple):
     """What a forward is asked beside its tokens.
 
     Attributes:
-        score (`ScoreSink`, *optional*): takes the two scored query rows' attention.
+        score (`ScoreSink`, *optional*): takes the attention of the two scored queries.
         last (`list[int]`, *optional*): per row, the index of its last real query when it is scored; by default the
             last token's.
         view (`DraftView`, *optional*): read instead of the cache by the layers that it covers.

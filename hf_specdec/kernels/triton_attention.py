@@ -216,7 +216,7 @@ def tile(rows: int, head: int, value_head: int, itemsize: int) -> tuple[int, int
     """Return how much one program holds, such that it fits sm_80: packed rows, keys, warps, and loads in flight.
 
     Args:
-        rows (`int`): packed query rows that there are.
+        rows (`int`): queries that there are, packed over the heads of a group.
         head, value_head (`int`): head sizes.
         itemsize (`int`): bytes per element.
     """

@@ -71,12 +71,8 @@ def save_texts(texts: Sequence[Text], path: str | Path) -> None:
 def exclude(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[Text]:
     """Return the sequences that contain none of `prompts`, white space and case apart."""
     banned = {" ".join(prompt.lower().split()) for prompt in prompts} - {""}
-    kept = []
-    for text in texts:
-        plain = " ".join(cast(str, tokenizer.decode(text.ids)).lower().split())
-        if not any(prompt in plain for prompt in banned):
-            kept.append(text)
-    return kept
+    plain = (" ".join(cast(str, tokenizer.decode(text.ids)).lower().split()) for text in texts)
+    return [text for text, words in zip(texts, plain, strict=True) if not any(prompt in words for prompt in banned)]
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:

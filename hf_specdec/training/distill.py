@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -174,7 +174,7 @@ class Distillation(Generic[Settings]):
         depths, gib = self.depths(), settings.cache_gib
         self.teacher, self.examiner = (Teacher(target, part, gib, depths) for part in (self.train, self.held_out))
         # what a checkpoint must share with the run that goes on from it
-        self.made_with = plain({**asdict(settings), "minutes": None, "steps": None, "texts": len(texts)})
+        self.made_with = {**asdict(settings), "minutes": None, "steps": None, "texts": len(texts)}
         self.step, self.start = 0, time.perf_counter()
         self.own: dict[str, nn.Parameter] = {}
         self.optimizer: Any = None
@@ -328,11 +328,6 @@ class Distillation(Generic[Settings]):
         return found
 
 
-def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as they come back from a JSON file."""
-    return cast("dict[str, Any]", json.loads(json.dumps(settings)))
-
-
 def write_checkpoint(path: Path, progress: dict[str, Any], state: dict[str, Any]) -> None:
     """Write what a run resumes from into the folder `checkpoint` of its result: JSON, and tensors."""
     folder = path / "checkpoint"
@@ -350,7 +345,7 @@ def read_checkpoint(path: Path, made_with: dict[str, Any]) -> tuple[dict[str, An
     """
     folder = path / "checkpoint"
     noted = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    if noted["settings"] != made_with:
+    if noted["settings"] != json.loads(json.dumps(made_with)):  # tuples come back as lists
         raise ValueError(f"The checkpoint in {str(path)!r} was made with other settings: {noted['settings']}.")
     return noted, torch.load(folder / "state.pt", weights_only=True)
 

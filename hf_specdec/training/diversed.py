@@ -29,9 +29,9 @@ from ..generation.models.adapters import remember
 from ..generation.models.vocabulary import pad_vocabulary, vocabulary_width
 from ..generation.runner import head_input
 from .data import Sampling, answers
-from .distill import Report, plain, read_checkpoint, write_checkpoint
+from .distill import Report, read_checkpoint, write_checkpoint
 from .rewards import Reward
-from .settings import option
+from .settings import at_least, option
 from .tasks import Score, evaluate, prompt_ids
 
 
@@ -75,9 +75,8 @@ class DiversedTraining:
     seed: int = option(0, "Of order and sampling.")
 
     def __post_init__(self) -> None:
-        for name, least in (("updates", 1), ("prompts_per_update", 1), ("samples", 2), ("evaluate_every", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        at_least(self, 1, "updates", "prompts_per_update", "evaluate_every")
+        at_least(self, 2, "samples")
         if not self.accept_coefs or min(self.accept_coefs) < 0:
             raise ValueError(f"`accept_coefs` must be one or more numbers of at least 0, got {self.accept_coefs}.")
         if not self.sampling.temperature:
@@ -256,7 +255,7 @@ class _Run:
         apart = self.settings.held_out
         self.held_out, self.train = list(self.items[:apart]), list(self.items[apart:])
         # what a checkpoint must share with the run that goes on from it
-        self.made_with = plain({**asdict(self.settings), "items": len(self.items)})
+        self.made_with = {**asdict(self.settings), "items": len(self.items)}
         self.found: list[dict[str, Any]] = []
         self.state: dict[str, Any] = {}
 

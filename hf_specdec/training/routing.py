@@ -21,7 +21,7 @@ import torch
 from ..generation.methods.via_sd.config import BUDGETS, CACHES
 from ..generation.methods.via_sd.slim_model import SKIP_RATIO
 from .scoring import OBJECTIVES, Mask, SlimScorer
-from .settings import option
+from .settings import at_least, option
 
 
 _POOL, _NEIGHBOURS, _RANDOM_SEEDS = 256, 8, 20
@@ -40,6 +40,7 @@ class MaskSearch:
         skip_budget_by (`str`, *optional*, defaults to `"params"`): share of the layers' parameters, or of the units
             (`"count"`).
         granularity (`str`, *optional*, defaults to `"layer"`): or `"sublayer"`: attention and MLP apart.
+        alpha, beta (`float`, *optional*, default to 0.5): leniency of the paper's cost.
         slim_cache (`str`, *optional*, defaults to `"shared"`): cache mode of decoding.
         max_steps (`int`, *optional*, defaults to 1000): masks scored at most.
         patience (`int`, *optional*, defaults to 300): masks scored without an improvement.
@@ -56,6 +57,8 @@ class MaskSearch:
     skip_ratio: float = option(SKIP_RATIO, "Share to leave out.")
     skip_budget_by: str = option("params", "Share of the params, or the count, of the units.")
     granularity: str = option("layer", "layer or sublayer.")
+    alpha: float = 0.5
+    beta: float = 0.5
     slim_cache: str = option("shared", "Cache mode of decoding: shared, or own (with an adapter).")
     max_steps: int = option(1000, "Masks scored at most.", "steps")
     patience: int = option(300, "Masks scored without an improvement.")
@@ -73,13 +76,13 @@ class MaskSearch:
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if not 0 <= self.alpha < 1 or not 1 - self.alpha <= self.beta <= 1:
+            raise ValueError(f"`alpha` must be in [0, 1) and `beta` in [1 - alpha, 1], got {self.alpha}, {self.beta}.")
         if self.theta < 2 or not 16 <= self.window <= 512:
             raise ValueError(
                 f"`theta` must be at least 2 and `window` in [16, 512], got {self.theta} and {self.window}."
             )
-        for name in ("max_steps", "patience", "mini_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        at_least(self, 1, "max_steps", "patience", "mini_batch")
         if self.minutes is not None and self.minutes <= 0:
             raise ValueError(f"`minutes` must be above 0, got {self.minutes}.")
 
@@ -152,8 +155,6 @@ class _Search:
         self._save()
         return self.seen.best
 
-    # proposals
-
     def _seeds(self) -> list[Mask]:
         """Return what the search begins with: even, the later middle, attention first, and random masks."""
         free, ratio, by = self.units.free, self.settings.skip_ratio, self.settings.skip_budget_by
@@ -208,8 +209,6 @@ class _Search:
         normal, gap = torch.distributions.Normal(0.0, 1.0), (values.min() - mean) / spread - middle
         gain = gap * normal.cdf(gap / deviation) + deviation * normal.log_prob(gap / deviation).exp()
         return candidates[int(gain.argmax())]
-
-    # scoring
 
     def _race(self, mask: Mask) -> bool:
         """Score a mask, as long as it may still be the best; return whether it is."""
@@ -272,8 +271,6 @@ class _Search:
     def _out_of_time(self) -> bool:
         minutes = self.settings.minutes
         return minutes is not None and time.perf_counter() - self.start >= 60 * minutes
-
-    # resuming
 
     def _save(self) -> None:
         seen = self.seen

@@ -36,14 +36,14 @@ def margin_cost(q: torch.Tensor, p: torch.Tensor, alpha: float = 0.5, beta: floa
     return (p * one + q * two).sum(dim=-1)
 
 
-def costs(theirs: torch.Tensor, mine: torch.Tensor) -> dict[str, float]:
+def costs(theirs: torch.Tensor, mine: torch.Tensor, alpha: float = 0.5, beta: float = 0.5) -> dict[str, float]:
     """Return all objectives of a slim model's logits `mine` `[m, V]` against the model's own, means over m."""
     q, p = (logits.float().softmax(-1) for logits in (theirs, mine))
     difference = mine.float().log_softmax(-1)
     return {
         "tv": float((q - p).abs().sum(-1).mean() / 2),
         "kl": float((q * (q.clamp(min=1e-30).log() - difference)).sum(-1).mean()),
-        "margin": float(margin_cost(q, p).mean()),
+        "margin": float(margin_cost(q, p, alpha, beta).mean()),
         "top1": float((theirs.argmax(-1) != mine.argmax(-1)).float().mean()),
     }
 
@@ -57,15 +57,23 @@ class SlimScorer:
         units (`Units`): of the model.
         window (`int`): answer tokens read per text.
         slim_cache (`str`): `"shared"` or `"own"`.
+        leniency (`tuple[float, float]`, *optional*): alpha and beta of the paper's cost.
     """
 
     def __init__(
-        self, model: PreTrainedModel, texts: Sequence[Text], units: Units, window: int, slim_cache: str
+        self,
+        model: PreTrainedModel,
+        texts: Sequence[Text],
+        units: Units,
+        window: int,
+        slim_cache: str,
+        leniency: tuple[float, float] = (0.5, 0.5),
     ) -> None:
+        self.leniency = leniency
         self.model, self.units, self.shared = model, units, slim_cache == "shared"
         self.texts = [Text(t.ids[: t.prompt_length + window], t.prompt_length, t.temperature) for t in texts]
         self.tail = Layerwise(model).tail()
-        self.teacher = [self._whole(text) for text in self.texts]
+        self.teacher = [self._read(model, text) for text in self.texts]
         self.runners: list[ModelRunner] = []
         self.clean: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         if self.shared:
@@ -77,9 +85,6 @@ class SlimScorer:
         return len(self.texts)
 
     @torch.no_grad()
-    def _whole(self, text: Text) -> torch.Tensor:
-        return self._read(self.model, text)
-
     def _read(self, model: PreTrainedModel, text: Text) -> torch.Tensor:
         """Return a model's logits `[m, V]` at the positions that predict the answer."""
         ids = text.ids[None, :-1].to(self.model.device)
@@ -121,7 +126,7 @@ class SlimScorer:
 
     def __call__(self, keep: Mask, index: int, terms: LowRankTerms | None = None) -> dict[str, float]:
         """Return the costs of a mask on one text."""
-        return costs(self.teacher[index], self.logits(keep, index, terms))
+        return costs(self.teacher[index], self.logits(keep, index, terms), *self.leniency)
 
     def report(self, keep: Mask, terms: LowRankTerms | None = None) -> dict[str, float]:
         """Return the means of all costs over all texts, and the share of equal most likely tokens as `agreement`."""

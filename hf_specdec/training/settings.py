@@ -17,6 +17,13 @@ def option(default: Any, help: str, name: str | None = None) -> Any:
     return field(default=default, metadata={"help": help, "name": name})
 
 
+def at_least(settings: Any, least: int, *names: str) -> None:
+    """Raise `ValueError` if one of the fields `names` is below `least`."""
+    for name in names:
+        if getattr(settings, name) < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {getattr(settings, name)}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
     """Settings of any distillation.
@@ -49,10 +56,8 @@ class DistillSettings:
     seed: int = option(0, "Of order and sampling.")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_tokens", "max_length", "save_every", "num_assistant_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        at_least(self, 1, "steps", "batch_tokens", "max_length", "save_every", "num_assistant_tokens")
         if self.learning_rate <= 0 or (self.minutes is not None and self.minutes <= 0):
             raise ValueError("`learning_rate` and `minutes` must be above 0.")
-        if self.vocabulary_size is not None and self.vocabulary_size < 1:
-            raise ValueError(f"`vocabulary_size` must be at least 1, got {self.vocabulary_size}.")
+        if self.vocabulary_size is not None:
+            at_least(self, 1, "vocabulary_size")

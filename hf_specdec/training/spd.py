@@ -22,7 +22,7 @@ from ..generation.methods.spd.method import SPDConfig
 from ..generation.models.layerwise import LayerCall, Layerwise
 from ..generation.models.surgery import decoder_layers
 from .distill import Agreement, Distillation, coverage, divergence
-from .settings import DistillSettings, option
+from .settings import DistillSettings, at_least, option
 
 
 LAYOUTS = ("exact", "shared")
@@ -67,8 +67,7 @@ class ModuleTraining(DistillSettings):
         super().__post_init__()
         if self.num_stages < 2:
             raise ValueError(f"`num_stages` must be at least 2, got {self.num_stages}: one stage drafts nothing.")
-        if self.num_draft_layers < 1:
-            raise ValueError(f"`num_draft_layers` must be at least 1, got {self.num_draft_layers}.")
+        at_least(self, 1, "num_draft_layers")
         if self.templates is not None and len(self.templates) != self.num_draft_layers:
             raise ValueError(
                 f"`templates` must name `num_draft_layers` {self.num_draft_layers} layers, got {self.templates}."

@@ -25,7 +25,7 @@ from ..generation.models.vocabulary import ReducedHead
 from .data import Text
 from .distill import Distillation, Report, divergence
 from .scoring import SlimScorer, margin_cost
-from .settings import DistillSettings, option
+from .settings import DistillSettings, at_least, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ class SlimTraining(DistillSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"`rank` must be at least 1, got {self.rank}.")
+        at_least(self, 1, "rank")
         weights = (self.kl_weight, self.tv_weight, self.margin_weight)
         if min(weights) < 0 or not any(weights):
             raise ValueError(

@@ -32,15 +32,11 @@ _CHOSEN = 2307 - RECENTS
 _Tile = tuple[int, int, int]  # keys, warps and loads in flight of one program
 
 
-def _case(
-    tiny: bool, kind: str, rows: int, queries: int, context: int, ragged: bool = False, dtype: Any = torch.bfloat16
-) -> Case:
+def _case(tiny: bool, kind: str, rows: int, queries: int, context: int, ragged: bool = False) -> Case:
     """Return a case of Llama-3.1-8B's attention, or of a small one."""
-    heads, dtype = ((4, 2, 16), torch.float32) if tiny else ((32, 8, 128), dtype)
-    rows = min(rows, 2) if tiny else rows
-    return Case(
-        f"{kind} {queries} at {context}, {rows} rows", kind, rows, *heads, queries, context, 0, 1, ragged, dtype
-    )
+    heads, dtype, rows = ((4, 2, 16), torch.float32, min(rows, 2)) if tiny else ((32, 8, 128), torch.bfloat16, rows)
+    name = f"{kind} {queries} at {context}, {rows} rows"
+    return Case(name, kind, rows, *heads, queries, context, 0, 1, ragged, dtype)
 
 
 def _checks(tiny: bool) -> list[Case]:

@@ -5,9 +5,10 @@
     python tests/gpu/measure.py --out FOLDER --budget 150 --stages smollm2,waits,leak
     TRITON_INTERPRET=1 python tests/gpu/measure.py --out FOLDER --rehearse     # on a CPU, to try the script itself
 
-Nothing beyond the package, its dependencies and Triton is needed. Each result is a line of `results.jsonl` in the
-folder, written as soon as it is there. A stage that raises leaves its traceback, and the next one runs. A stage that
-does not fit the rest of the budget is left out, and this is written, too.
+Nothing beyond the package, its dependencies and Triton is needed; where the package is not installed, set
+`PYTHONPATH=.`. Each result is a line of `results.jsonl` in the folder, written as soon as it is there. A stage that
+raises leaves its traceback, and the next one runs. A stage that does not fit the rest of the budget is left out, and
+this is written, too.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 _TIERS = "generation/methods/via_sd/tiers.py"
 _LAWS = "generation/methods/via_sd/laws.py"
 _SLIM = "generation/methods/via_sd/slim_drafter.py"
+_LOOP = ("generation/test_rows_in_turn.py", "generation/test_stats.py", "generation/test_text.py")
 _VIA_SD = ("methods/via_sd",)
 _SPD = ("methods/spd/test_spd_schedule.py", "methods/spd/test_spd_text.py", "methods/spd/test_spd_distribution.py")
 _SPECBOUND = (
@@ -47,7 +48,7 @@ MUTANTS = [
         "generation/loop.py",
         "return state.target, retired[::-1]",
         "return state.target, sorted(retired)",
-        ("generation",),
+        _LOOP,
         ("assisted", "plain"),
     ),
     Mutant(
@@ -55,7 +56,7 @@ MUTANTS = [
         "generation/loop.py",
         "count - 1 - start + pads",
         "count - 1 - start + max(0, pads - 1)",
-        ("generation",),
+        _LOOP,
         ("assisted", "plain"),
     ),
     Mutant(
@@ -63,7 +64,7 @@ MUTANTS = [
         "generation/output.py",
         "new, self.done[row] = new[: place + 1], True",
         "self.done[row] = True",
-        ("generation",),
+        _LOOP,
         ("assisted", "vegas"),
     ),
     Mutant(
@@ -71,7 +72,7 @@ MUTANTS = [
         "generation/output.py",
         "self.state.text.cut(row, self.clock)",
         "pass",
-        ("generation",),
+        _LOOP,
         ("assisted", "vegas"),
     ),
     Mutant(
@@ -79,7 +80,7 @@ MUTANTS = [
         "generation/output.py",
         "self.clock >= min((columns[row] for row in unfinished)",
         "self.clock >= max((columns[row] for row in unfinished)",
-        ("generation",),
+        _LOOP,
         ("assisted", "plain"),
     ),
     Mutant(
@@ -87,7 +88,7 @@ MUTANTS = [
         "generation/state.py",
         "follower.swap(slot, last)",
         "pass",
-        ("generation", "cache"),
+        ("cache", *_LOOP),
         ("assisted", "vegas"),
     ),
     Mutant(
@@ -95,7 +96,7 @@ MUTANTS = [
         "generation/state.py",
         "ends = [length - 1 for length in lengths]",
         "ends = list(lengths)",
-        ("generation",),
+        _LOOP,
         ("plain",),
     ),
     # the cache
@@ -136,7 +137,7 @@ MUTANTS = [
         "generation/strategy.py",
         "state.target.cache.set_lengths([count - 1 for count in state.committed])",
         "pass",
-        ("cache", "generation", "methods/assisted"),
+        ("cache", *_LOOP, "methods/assisted"),
         ("assisted", "vegas"),
     ),
     # acceptance

@@ -84,13 +84,12 @@ def pytest(folder: Path, arguments: list[str]) -> tuple[int, str]:
 
 def check_import(folder: Path) -> None:
     """Make sure that tests in `folder` import the package that lies there."""
-    code = "import hf_specdec; print(hf_specdec.__file__)"
+    code = "from importlib.util import find_spec; print(find_spec('hf_specdec').origin)"
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(found).is_relative_to(folder):
-        raise RuntimeError(f"The tests would import {found}, and not the copy in {folder}.")
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+    if not Path(found.strip()).is_relative_to(folder):
+        raise RuntimeError(f"The tests would import {found.strip()}, and not the copy in {folder}.")
 
 
 def judge(mutant: Mutant) -> Outcome:

@@ -51,7 +51,7 @@ class VegasConfig(SpeculationConfig):
         selection (`str`, *optional*, defaults to `"verification"`): `"window"` reads the first and the newest tokens
             instead, as many of them (the baseline of MagicDec and StreamingLLM).
         metric (`str`, *optional*, defaults to `"weight"`): rank by attention weight, or by `"logit"`.
-        queries (`str`, *optional*, defaults to `"first_last"`): query rows of the verification that rank; `"last"` and
+        queries (`str`, *optional*, defaults to `"first_last"`): queries of the verification that rank; `"last"` and
             `"all"` are the paper's ablations.
         per_key_head (`bool`, *optional*, defaults to `False`): a list for each key head instead of one per layer and
             row.

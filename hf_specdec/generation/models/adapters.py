@@ -221,8 +221,7 @@ def read_adapter(name_or_path: str | Path, kind: str) -> Adapter:
     """Load an adapter from a folder or a Hub repository.
 
     Raises:
-        OSError: if one of its files is missing, or the repository can't be read.
-        ValueError: for an adapter of another kind, or a format that this release doesn't know.
+        OSError, ValueError: as for `read_record`, or if one of its files is missing or broken.
     """
     found = read_record(name_or_path, kind)
     artefacts.check_files(found.folder, found.files)

@@ -52,7 +52,8 @@ class Units:
         self.halves = [_halves(layer) for layer in self.layers] if granularity == "sublayer" else []
         parts = [half for pair in self.halves for half in pair] or list(self.layers)
         self.sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
-        count, step = len(self.layers), 2 if self.halves else 1
+        self._step = step = 2 if self.halves else 1
+        count = len(self.layers)
         kinds = ("attention of layer", "MLP of layer") if self.halves else ("layer",)
         self.names = [f"{kind} {layer}" for layer in range(count) for kind in kinds]
         windows = admission.layer_windows(model)
@@ -88,10 +89,6 @@ class Units:
     def free(self) -> list[int]:
         """The units that may be left out. The first layer stays whole, as in the paper, where whole layers are."""
         return [unit for unit in range(len(self)) if unit not in self.protected and unit // self._step > 0]
-
-    @property
-    def _step(self) -> int:
-        return 2 if self.halves else 1
 
     def _weights(self, by: str) -> list[int]:
         return self.sizes if by == "params" else [1] * len(self)

@@ -46,23 +46,17 @@ class RoundSchedule:
 
 @dataclass
 class Decision:
-    """What one row's tiers decided in a round.
+    """What one row's tiers decided in a round: new tokens, and of each who decided it.
 
-    Args:
-        tokens (`list[int]`): new tokens,
-        letters (`str`): and who decided each: A, B, C (the model, after an escalation), S (the slim verifier's own
-            token after a whole block) or Q (the model, in a round without tiers).
-        sources (`list[tuple[Scored, int]]`): the forward that decided each, and the index in it.
-        shares (`list[float]`): the probability that the token had under the distribution that it came from, for the
-            audit.
-        escalate (`int`, *optional*): index of the draft from which the model decides.
+    Letters say who: A, B, C (the model, after an escalation), S (the slim verifier's own token after a whole block) or
+    Q (the model, in a round without tiers).
     """
 
     tokens: list[int] = field(default_factory=list)
     letters: str = ""
-    sources: list[tuple[Scored, int]] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
-    escalate: int | None = None
+    sources: list[tuple[Scored, int]] = field(default_factory=list)  # the forward that decided, and the index in it
+    shares: list[float] = field(default_factory=list)  # probability under the distribution that the token came from
+    escalate: int | None = None  # index of the draft from which the model decides
 
     def add(self, token: int, letter: str, source: Scored, index: int, share: float = 1.0) -> None:
         """Add a token."""
