@@ -190,8 +190,7 @@ def measure(
         model (`PreTrainedModel`): the target.
         ids (`torch.Tensor` of shape `[b, T]`, int64): prompts of equal length.
         arms (`list[Arm]`): ways of decoding; stock arms that are limited to one row are skipped for more.
-        new_tokens (`int`): tokens per row.
-        repeats (`int`): timed runs of each arm, in turn.
+        new_tokens, repeats (`int`): tokens per row, and timed runs of each arm, in turn.
         progress (`Callable[[str], None]`, *optional*): called with the arm's name after each run.
         warm_up (`bool`, *optional*, defaults to `True`): run each arm once before, untimed.
         cache (`DynamicCache`, *optional*): of all tokens of `ids` but the last, in place of a prefill; not changed.
