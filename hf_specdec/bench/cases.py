@@ -122,15 +122,11 @@ def gather_bytes(case: Case) -> int:
 
 def moved_bytes(case: Case) -> int:
     """Return the bytes that a case's task must move; token scores are float32 `[rows, context]`."""
-    scores = case.rows * case.context * 4
-    return {
-        "draft": lambda: attention_bytes(case),
-        "verify": lambda: attention_bytes(case),
-        "scored": lambda: attention_bytes(case) + scores,
-        "export": lambda: attention_bytes(case) + export_bytes(case),
-        "reduce": lambda: export_bytes(case) + scores,
-        "gather": lambda: gather_bytes(case),
-    }[case.kind]()
+    if case.kind == "gather":
+        return gather_bytes(case)
+    attended = 0 if case.kind == "reduce" else attention_bytes(case)
+    exported = export_bytes(case) if case.kind in ("export", "reduce") else 0
+    return attended + exported + (case.rows * case.context * 4 if case.kind in ("scored", "reduce") else 0)
 
 
 def needed_bytes(case: Case) -> int:
