@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jinja2
 import yaml  # type: ignore[import-untyped]
@@ -27,7 +26,7 @@ from .registry import strategy_class
 BEGIN, END = "<!-- hf_specdec:begin -->", "<!-- hf_specdec:end -->"
 """Markers around what is generated."""
 
-_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+_TEMPLATES = Path(__file__).parent / "templates"
 _NAME = "README.md"
 _KINDS = {
     "draft": "A draft model that was cut out of the base model: its own layers and norm. Embedding and head are the "
@@ -45,26 +44,10 @@ _NOTES = ("command", "data", "excluded")
 _MEASURED = ("held_out", "calibration")
 
 
-@dataclass(frozen=True)
-class Results:
-    """Measurements for a card.
-
-    Args:
-        command (`str`): that made them.
-        environment (`dict`): versions and device.
-        tables (`list[ResultTable]`): one per context length and batch size.
-    """
-
-    command: str
-    environment: dict[str, Any]
-    tables: Sequence[ResultTable] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class ResultTable:
+class ResultTable(NamedTuple):
     """The ways of decoding that were compared in one run.
 
-    Args:
+    Attributes:
         title (`str`): context, batch and new tokens.
         base (`str`): name of the row that the ratios refer to.
         rows (`list[tuple]`): per row name, tokens per second, ratio, tokens per step, share of accepted drafts.
@@ -73,6 +56,14 @@ class ResultTable:
     title: str
     base: str
     rows: Sequence[tuple[str, float, float, float | None, float | None]]
+
+
+class Results(NamedTuple):
+    """Measurements for a card: the command that made them, versions and device, a table per length and batch size."""
+
+    command: str
+    environment: dict[str, Any]
+    tables: Sequence[ResultTable]
 
 
 class Settings(Protocol):
@@ -147,12 +138,27 @@ def _completed(text: str, data: ModelCardData, where: str) -> str:
     return f"{text[:end]}{newline}{added}{text[end:]}"
 
 
+def render(name: str, config: Settings, **values: Any) -> str:
+    """Return a template of the package, filled with what there is to say of a config's strategy, and with `values`."""
+    cls = strategy_class(config.strategy)
+    text = (_TEMPLATES / name).read_text(encoding="utf-8")
+    template = jinja2.Template(text, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    return template.render(
+        strategy=config.strategy,
+        about=(inspect.getdoc(cls) or "").partition("\n")[0],
+        paper=cls.paper,
+        lossless=config.lossless,
+        in_turn=not cls.batched,
+        assistant=cls.needs_assistant and not config.brings_drafter,
+        **values,
+    )
+
+
 def _render(folder: Path, config: Settings, repo_id: str | None, results: Results | None) -> tuple[ModelCardData, str]:
     """Return front matter and text of a new card."""
     values = artefacts.read_values(folder)
     adapter = AdapterReference.parse(values, folder)
     record = {} if adapter is None else adapter.record
-    cls = strategy_class(config.strategy)
     base = next((record[name].get("name") for name in _MODELS if isinstance(record.get(name), dict)), None)
     on_hub = str(base).count("/") == 1  # else it is the name of the folder that it was read from
     data = ModelCardData(
@@ -169,22 +175,15 @@ def _render(folder: Path, config: Settings, repo_id: str | None, results: Result
     }
     training = next((dict(learned[name]) for name in _TRAINING if isinstance(learned.get(name), dict)), {})
     measured = {name: learned.get(name, training.pop(name, None)) for name in _MEASURED}
-    template = jinja2.Template(
-        _TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    text = template.render(
+    text = render(
+        "model_card.md",
+        config,
         front=data.to_yaml(),
         begin=BEGIN,
         end=END,
-        strategy=config.strategy,
         base=base,
         model=base if on_hub else None,
         what=_KINDS.get(record.get("kind", ""), f"An adapter of kind {record.get('kind')}.") if record else None,
-        about=(inspect.getdoc(cls) or "").partition("\n")[0],
-        paper=cls.paper,
-        lossless=config.lossless,
-        in_turn=not cls.batched,
-        assistant=cls.needs_assistant and not config.brings_drafter,
         place=repo_id or folder.name,
         pushed=repo_id is not None,
         settings=_rows({key: value for key, value in values.items() if key not in _NOT_SETTINGS}),

@@ -6,17 +6,18 @@ settings stand in that file, and an adapter is named there by its repository or 
 
 from __future__ import annotations
 
-import inspect
 import pprint
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from . import artefacts
 from ._version import __version__
 from .artefacts import HUB_KEYWORDS
+from .card import render
 from .configuration import SpeculationConfig
 from .integration import generate_with
 from .registry import STRATEGIES, strategy_class
@@ -25,7 +26,6 @@ from .resolve import resolve_strategy
 
 logger = logging.get_logger(__name__)
 
-_TEMPLATES = Path(__file__).parent / "templates" / "custom_generate"
 _EXAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # by these and `HUB_KEYWORDS` Transformers finds the repository; they come with the other keywords
 _LOADING_KEYWORDS = ("force_download", "proxies", "repo_type")
@@ -51,16 +51,12 @@ def generate(strategy: dict[str, Any] | str, model: Any, *args: Any, **kwargs: A
         )
     for name in _LOADING_KEYWORDS:
         kwargs.pop(name, None)
-    named: SpeculationConfig | str
-    if isinstance(strategy, dict):
-        named = SpeculationConfig.from_dict(strategy)
-    else:
-        named = strategy
-        if Path(strategy).is_absolute() and not Path(strategy).is_dir():
-            raise FileNotFoundError(
-                f"The adapter of this `custom_generate` repository was in {strategy!r}, which is not there any more: "
-                "export it again, with `--repo ORG/NAME` for use from the Hub."
-            )
+    named = SpeculationConfig.from_dict(strategy) if isinstance(strategy, dict) else strategy
+    if isinstance(named, str) and Path(named).is_absolute() and not Path(named).is_dir():
+        raise FileNotFoundError(
+            f"The adapter of this `custom_generate` repository was in {named!r}, which is not there any more: "
+            "export it again, with `--repo ORG/NAME` for use from the Hub."
+        )
     if not isinstance(named, str) or Path(named).is_dir():
         for name in HUB_KEYWORDS:
             kwargs.pop(name, None)
@@ -106,12 +102,9 @@ def export_custom_generate(
             f"`generate.py` names the adapter by its place on this machine, {str(path)!r}. Before it is pushed, "
             "export it with the name that it will have on the Hub (`--repo ORG/NAME`)."
         )
-    files = {
-        "custom_generate/generate.py": _template("generate.py").render(
-            name=repr(config.strategy), strategy=pprint.pformat(source, sort_dicts=False, width=110)
-        ),
-        "custom_generate/requirements.txt": _template("requirements.txt").render(requirement=_requirement()),
-    }
+    values = {"source": pprint.pformat(source, sort_dicts=False, width=110), "requirement": _requirement()}
+    names = ("custom_generate/generate.py", "custom_generate/requirements.txt")
+    files = {name: render(f"{name}.jinja", config, **values) for name in names}
     if not keeps_card:
         files["README.md"] = _card(path, config, repo or f"YOUR_NAME/{path.name}", base_model, adapter)
     for name, text in files.items():
@@ -158,18 +151,8 @@ def _requirement() -> str:
     return f"hf-specdec>={__version__}" if __version__.replace(".", "").isdigit() else "hf-specdec"
 
 
-def _template(name: str) -> Any:
-    import jinja2
-
-    text = (_TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-
-
 def _card(path: Path, config: SpeculationConfig, repo: str, base_model: str | None, adapter: bool) -> str:
     """Return the card of saved settings with the sections of a `custom_generate` repository before its own text."""
-    from huggingface_hub import ModelCard
-
-    cls = strategy_class(config.strategy)
     card: Any = ModelCard((path / "README.md").read_text(encoding="utf-8"))
     card.data.library_name = "transformers"
     card.data.tags = list(
@@ -177,11 +160,9 @@ def _card(path: Path, config: SpeculationConfig, repo: str, base_model: str | No
     )
     if base_model is not None:
         card.data.base_model = base_model
-    part = _template("README.md").render(
-        name=config.strategy,
-        about=(inspect.getdoc(cls) or "").partition("\n")[0],
-        lossless=config.lossless,
-        needs_assistant=cls.needs_assistant and not config.brings_drafter,
+    part = render(
+        "custom_generate/README.md.jinja",
+        config,
         base_model=card.data.get("base_model"),
         adapter=adapter,
         example_model=_EXAMPLE_MODEL,

@@ -1,10 +1,11 @@
-"""Strategies by name, folder or Hub repository; uploads; and strategies saved with a model."""
+"""Uploads of saved settings to the Hub."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +34,7 @@ _LEFT_BEHIND = (".", "__", "checkpoint")  # hidden, caches, and what a training 
 
 
 def push_folder(
-    folder: str | Path,
+    path: Path,
     config: Settings,
     repo_id: str,
     *,
@@ -49,17 +50,15 @@ def push_folder(
     files, and the folder `checkpoint` that a training resumes from, stay behind.
 
     Args:
-        folder (`str` or `Path`): as `save_pretrained` or a training writes it.
+        path (`Path`): as `save_pretrained` or a training writes it.
         config (`SpeculationConfig`): the settings in it.
-        repo_id (`str`): the repository, made where needed.
-        token, private, revision, commit_message: as for `SpeculationConfig.push_to_hub`.
+        repo_id, token, private, revision, commit_message: as for `SpeculationConfig.push_to_hub`.
         results (`Results`, *optional*): measurements for the card.
 
     Raises:
         OSError: if a file is missing, the Hub refuses the upload or can't be reached.
         ValueError: for a folder that can't be uploaded, or another visibility than the repository has.
     """
-    path = Path(folder)
     names = check_folder(path)
     api = HfApi(token=token, library_name="hf_specdec")
     with _explained(repo_id):
@@ -72,9 +71,7 @@ def push_folder(
         if revision not in (None, "main"):
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
         if CARD_NAME not in names:
-            text = _card_on_hub(repo_id, revision, token)
-            if text is not None:
-                (path / CARD_NAME).write_bytes(text)
+            _copy_card(path, repo_id, revision, token)
             names.append(CARD_NAME)
         write_card(path, config, repo_id, results)
         info = api.create_commit(
@@ -89,12 +86,11 @@ def push_folder(
 def push_config(config: Settings, repo_id: str, *, revision: str | None = None, **options: Any) -> str:
     """Do what `SpeculationConfig.push_to_hub` says."""
     with TemporaryDirectory() as folder:
+        path = Path(folder)
         with _explained(repo_id):
-            text = _card_on_hub(repo_id, revision, options.get("token"))
-        if text is not None:  # before the adapter's own card is copied
-            (Path(folder) / CARD_NAME).write_bytes(text)
-        config.save_pretrained(folder)
-        return push_folder(folder, config, repo_id, revision=revision, **options)
+            _copy_card(path, repo_id, revision, options.get("token"))  # before the adapter's own card is copied
+        config.save_pretrained(path)
+        return push_folder(path, config, repo_id, revision=revision, **options)
 
 
 def check_folder(folder: Path) -> list[str]:
@@ -131,12 +127,10 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{str(path)!r} is no {path.suffix.removeprefix('.')} file: {error}.") from error
 
 
-def _card_on_hub(repo_id: str, revision: str | None, token: str | bool | None) -> bytes | None:
-    """Return the card that a repository has; `None` without one, and for a repository that is yet to be made."""
-    try:
-        return Path(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token)).read_bytes()
-    except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-        return None
+def _copy_card(folder: Path, repo_id: str, revision: str | None, token: str | bool | None) -> None:
+    """Copy a repository's card to `folder`; do nothing without one, or if the repository is yet to be made."""
+    with suppress(RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+        shutil.copyfile(hf_hub_download(repo_id, CARD_NAME, revision=revision, token=token), folder / CARD_NAME)
 
 
 @contextmanager

@@ -6,10 +6,11 @@ import functools
 import inspect
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import transformers
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import _compat
@@ -20,9 +21,6 @@ from .generation.stats import SpeculationStats, on_speculation
 from .integration import install
 from .resolve import resolve_strategy
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.get_logger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from os import PathLike
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["chat_ids", "load_prompts", "long_batch", "long_prompt", "long_text"]
+__all__ = ["chat_ids", "load_prompts", "long_batch", "long_prompt"]
 
 _ONE_MESSAGE = ("prompt", "question", "text")
 QUESTION = "Summarise the text above: explain its main points one after the other, in full sentences."
@@ -34,18 +35,6 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: str | list[str]) -> list
     return tokenizer(_render(tokenizer, message), add_special_tokens=False)["input_ids"]
 
 
-def long_text(tokenizer: PreTrainedTokenizerBase, tokens: int, offset: int = 0) -> str:
-    """Return a passage of the Python documentation, `tokens` tokens long.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): counts the tokens.
-        tokens (`int`): length of the passage.
-        offset (`int`, *optional*, defaults to 0): which passage: each begins at the first paragraph after the end of
-            the one before.
-    """
-    return str(tokenizer.decode(_passage(tokenizer, tokens, offset)))
-
-
 def long_prompt(
     tokenizer: PreTrainedTokenizerBase, tokens: int, offset: int = 0, question: str = QUESTION
 ) -> list[int]:
@@ -54,9 +43,9 @@ def long_prompt(
     Args:
         tokenizer (`PreTrainedTokenizerBase`): the model's.
         tokens (`int`): length of the whole prompt, template and question included.
-        offset (`int`, *optional*, defaults to 0): which passage, see [`long_text`]; prompts of different offsets share
-            no text but template and question.
-        question (`str`, *optional*): what is asked, placed after the passage; by default a summary.
+        offset (`int`, *optional*, defaults to 0): which passage: each begins at the first paragraph after the end of
+            the one before, so prompts of different offsets share no text but template and question.
+        question (`str`, *optional*): what is asked after the passage; a request for a summary by default.
     """
     head, tail = _frame(tokenizer, question)
     length = tokens - len(head) - len(tail)
@@ -133,12 +122,8 @@ def _passage(tokenizer: PreTrainedTokenizerBase, tokens: int, offset: int) -> li
 def _next_paragraph(position: int) -> int:
     """Return where the first paragraph after `position` begins, going round at the end of the corpus."""
     corpus = _corpus()
-    position %= len(corpus)
-    gap = corpus.find("\n\n", position)
-    start = gap + 2 if gap >= 0 else 0
-    while start < len(corpus) and corpus[start] == "\n":
-        start += 1
-    return start % len(corpus)
+    gap = re.compile("\n\n+").search(corpus, position % len(corpus))
+    return 0 if gap is None else gap.end()
 
 
 def _encode_from(tokenizer: PreTrainedTokenizerBase, start: int, tokens: int) -> list[int]:

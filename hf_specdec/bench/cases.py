@@ -90,6 +90,11 @@ class Case:
         return [length - self.queries for length in self.lengths]
 
     @property
+    def score_dtype(self) -> torch.dtype:
+        """Type of the scores that the kernel exports."""
+        return torch.float32 if self.dtype == torch.float32 else torch.float16
+
+    @property
     def scaling(self) -> float:
         """Factor on the products."""
         return float(self.size**-0.5)
@@ -106,7 +111,7 @@ def export_bytes(case: Case) -> int:
 
     Products are `[rows, heads, 2, context]`, logarithms of the softmax denominators `[rows, heads, 2]`.
     """
-    return case.rows * case.heads * 2 * (case.context * score_dtype(case.dtype).itemsize + 4)
+    return case.rows * case.heads * 2 * (case.context * case.score_dtype.itemsize + 4)
 
 
 def gather_bytes(case: Case) -> int:
@@ -117,15 +122,11 @@ def gather_bytes(case: Case) -> int:
 
 def moved_bytes(case: Case) -> int:
     """Return the bytes that a case's task must move; token scores are float32 `[rows, context]`."""
-    scores = case.rows * case.context * 4
-    return {
-        "draft": lambda: attention_bytes(case),
-        "verify": lambda: attention_bytes(case),
-        "scored": lambda: attention_bytes(case) + scores,
-        "export": lambda: attention_bytes(case) + export_bytes(case),
-        "reduce": lambda: export_bytes(case) + scores,
-        "gather": lambda: gather_bytes(case),
-    }[case.kind]()
+    if case.kind == "gather":
+        return gather_bytes(case)
+    attended = 0 if case.kind == "reduce" else attention_bytes(case)
+    exported = export_bytes(case) if case.kind in ("export", "reduce") else 0
+    return attended + exported + (case.rows * case.context * 4 if case.kind in ("scored", "reduce") else 0)
 
 
 def needed_bytes(case: Case) -> int:
@@ -137,11 +138,6 @@ def needed_bytes(case: Case) -> int:
     # the reference repeats keys and values in float32 for every query head, row by row except in a reduction's set-up
     repeated = 4 * case.heads * case.context * case.size * 4 * (case.rows if case.kind == "reduce" else 1)
     return stored + scores + repeated
-
-
-def score_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the scores that the kernel exports for inputs of `dtype`."""
-    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 class Inputs(NamedTuple):

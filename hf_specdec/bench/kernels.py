@@ -20,9 +20,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..cache.side import flat_index, gather_slots
-from ..kernels import explicit, packed, reference
+from ..kernels import explicit, flash, packed, reference
 from ..kernels.address import Address
-from ..kernels.request import AttentionRules
+from ..kernels.request import AttentionRules, Request
 from .cases import (
     RECENTS,
     SCORED,
@@ -34,18 +34,15 @@ from .cases import (
     make_inputs,
     moved_bytes,
     needed_bytes,
-    score_dtype,
 )
 
 
 Run = Callable[[], Any]
 
-_COPIED = {"cuda": 1 << 30}
-_SOME_COPIED = 1 << 26
+_COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}
 _FLUSHED = 1 << 30
 """Bytes read before each timed launch: more than any L2 holds, for longer than the launch takes to be queued."""
-_REPEATS = {"cuda": 20}
-_FEW_REPEATS = 3
+_REPEATS = {"cuda": 20, "cpu": 3}
 
 
 @dataclass
@@ -90,7 +87,7 @@ def timed(run: Run, device: torch.device, repeats: int | None = None, cold: bool
         repeats (`int`, *optional*): timed launches, after two that are not; by default 20 on CUDA and 3 elsewhere.
         cold (`bool`, *optional*, defaults to `True`): empty the caches; without it, launches follow each other.
     """
-    repeats = repeats or _REPEATS.get(device.type, _FEW_REPEATS)
+    repeats = repeats or _REPEATS[device.type]
     run(), run()
     if device.type != "cuda":
         found = []
@@ -118,7 +115,7 @@ def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
         device (`torch.device`): where.
         size (`int`, *optional*): bytes to copy; by default 1 GiB on CUDA and 64 MiB elsewhere.
     """
-    size = size or _COPIED.get(device.type, _SOME_COPIED)
+    size = size or _COPIED[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)  # written once, so that its pages exist
     return 2 * size / timed(lambda: target.copy_(source), device, 10) / 1e6
@@ -204,13 +201,8 @@ def _dense(case: Case, inputs: Inputs) -> Run | str:
 
 
 def _flash(case: Case, inputs: Inputs) -> Run | str:
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    if inputs.query.device.type != "cuda" or case.dtype not in (torch.float16, torch.bfloat16):
-        return "flash-attn takes float16 and bfloat16 on CUDA devices"
-    from ..kernels import flash
-
-    return _ours(flash, case, inputs)
+    request = Request.read(inputs.query, inputs.value, AttentionRules(case.scaling))
+    return flash.lacks(request) or _ours(flash, case, inputs)
 
 
 def _reference(case: Case, inputs: Inputs) -> Run:
@@ -227,7 +219,7 @@ def _reduction(fast: bool, case: Case, inputs: Inputs) -> Run:
     weights, _ = reference.attention_weights(inputs.query, inputs.key, starts, scaling=case.scaling)
     # products up to a constant, which the softmax takes out again; -inf where a query may not read
     products = weights[:, :, [0, -1]].log()
-    products = (products - products.amax(dim=-1, keepdim=True)).to(score_dtype(case.dtype))
+    products = (products - products.amax(dim=-1, keepdim=True)).to(case.score_dtype)
     address, last = Address(case.starts, 2), torch.ones_like(starts)
 
     def run() -> Any:

@@ -209,12 +209,7 @@ def measure_costs(
 
 @torch.no_grad()
 def measure_rates(
-    scorer: SlimScorer,
-    assistant: PreTrainedModel,
-    slim: Slim,
-    gate: laws.Gate,
-    *,
-    sampling: bool = False,
+    scorer: SlimScorer, assistant: PreTrainedModel, slim: Slim, gate: laws.Gate, *, sampling: bool = False
 ) -> Rates:
     """Measure acceptance along the answers of the scorer's texts, which the model wrote.
 

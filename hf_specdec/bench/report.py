@@ -13,6 +13,7 @@ from .steps import StepRow
 
 
 _WIDE = 140
+"""Columns of a terminal from which on tables are shown whole."""
 
 
 def fastest_stock(measurements: Sequence[Measurement]) -> Measurement:
@@ -54,10 +55,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def kernel_table(rows: Sequence[KernelRow], bandwidth: float, width: int = 200) -> Table:
-    """Return a table of kernels, without sizes and absolute errors on a terminal of few columns, `width`.
-
-    The rate of a copy, `bandwidth`, is in 1e9 bytes per second.
-    """
+    """Return a table of kernels, as `table` does, under the `bandwidth` of a copy (in 1e9 bytes per second)."""
     title = f"kernels; a copy moves {bandwidth:.1f} GB/s, bytes read and bytes written both counted"
     columns: dict[str, Callable[[KernelRow], str]] = {
         "case": lambda r: r.case.name,
@@ -85,10 +83,7 @@ def _sdpa_ratio(row: KernelRow, rows: Sequence[KernelRow]) -> float | None:
 
 
 def step_table(rows: Sequence[StepRow], width: int = 200) -> Table:
-    """Return a table of one shape's step times, without parts and floors on a terminal of few columns, `width`.
-
-    The last two columns are there where tokens per step were given.
-    """
+    """Return a table of one shape's step times, as `table` does; the last two columns need tokens per step."""
     columns: dict[str, Callable[[StepRow], str]] = {
         "tokens x rows": lambda r: f"{r.context} x {r.batch}",
         "decoding": lambda r: r.name,

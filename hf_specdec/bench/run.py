@@ -167,7 +167,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor) -> tuple[DynamicCache, fl
     """Return a stock cache of all tokens of `ids` `[b, T]` but the last, and the seconds that it took."""
     cache = DynamicCache(config=model.config)
     start = time.perf_counter()
-    for part in ids[:, :-1].split(_PREFILL_CHUNK, dim=1):
+    for part in ids[:, :-1].split(_PREFILL_CHUNK, dim=1) if ids.shape[1] > 1 else ():
         model(input_ids=part, past_key_values=cache, logits_to_keep=1)
     if ids.device.type == "cuda":
         torch.cuda.synchronize()
@@ -190,8 +190,7 @@ def measure(
         model (`PreTrainedModel`): the target.
         ids (`torch.Tensor` of shape `[b, T]`, int64): prompts of equal length.
         arms (`list[Arm]`): ways of decoding; stock arms that are limited to one row are skipped for more.
-        new_tokens (`int`): tokens per row.
-        repeats (`int`): timed runs of each arm, in turn.
+        new_tokens, repeats (`int`): tokens per row, and timed runs of each arm, in turn.
         progress (`Callable[[str], None]`, *optional*): called with the arm's name after each run.
         warm_up (`bool`, *optional*, defaults to `True`): run each arm once before, untimed.
         cache (`DynamicCache`, *optional*): of all tokens of `ids` but the last, in place of a prefill; not changed.
@@ -257,10 +256,8 @@ def merge(groups: Sequence[Sequence[Measurement]]) -> list[Measurement]:
     return merged
 
 
-_MEANS = (
-    "ms_per_token", "acceptance", "draft_ms", "verify_ms", "select_ms", "drafts", "modelled", "forwards",
-    "same_tokens",
-)  # fmt: skip
+_TIMES = ("ms_per_token", "draft_ms", "verify_ms", "select_ms")
+_MEANS = (*_TIMES, "acceptance", "drafts", "modelled", "forwards", "same_tokens")
 
 
 def _total(counters: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

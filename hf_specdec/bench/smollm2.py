@@ -84,15 +84,12 @@ def smollm2_folder() -> Path:
 def load_smollm2(
     dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load SmolLM2-135M-Instruct in evaluation mode, with its tokenizer.
+    """Load SmolLM2-135M-Instruct in evaluation mode, with its tokenizer, which pads on the left.
 
     Args:
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of the weights. They are stored in bf16, so
             that wider types hold exactly the same model.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the model is put.
-
-    Returns:
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: the model, and a tokenizer that pads on the left.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

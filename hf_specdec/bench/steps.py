@@ -11,7 +11,7 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +77,8 @@ class StepRow:
         compiled (`bool`, *optional*): of a stock static arm: whether generate() compiled its forward.
         num_assistant_tokens (`int`, *optional*): drafts per round of the configured arm (gamma).
         tokens_per_step (`float`, *optional*): tau, measured elsewhere: `measured_at` has file, context and batch.
-        modelled (`float`, *optional*): speed-up over the static arm by `modelled_speedup`: never measured.
+        modelled (`float`, *optional*): speed-up over the static arm per column, tau * t_static / (gamma * t_draft +
+            t_verify + t_rest): never measured.
     """
 
     shape: str
@@ -237,15 +238,7 @@ def _settings(name: str) -> SpeculationConfig | None:
     except ValueError:
         return None
     neutral = {"compile": None, "kernels": "auto", "min_context": 0}
-    known = {field.name for field in fields(config)}
-    return cast(SpeculationConfig, config.override(**{k: v for k, v in neutral.items() if k in known}))
-
-
-def modelled_speedup(
-    tokens_per_step: float, drafts: int, draft_ms: float, verify_ms: float, rest_ms: float, static_ms: float
-) -> float:
-    """Return tau * t_static / (gamma * t_draft + t_verify + t_rest): the speed-up over the static arm per column."""
-    return tokens_per_step * static_ms / (drafts * draft_ms + verify_ms + rest_ms)
+    return cast(SpeculationConfig, config.override(**{k: v for k, v in neutral.items() if config.has_field(k)}))
 
 
 def default_arms(device: torch.device) -> list[str]:
@@ -272,15 +265,12 @@ def measure_shape(
 
     Args:
         shape (`str`): key of `SHAPES`.
-        device (`torch.device`): where.
         dtype (`torch.dtype`): of the weights.
         sizes (`list[tuple[int, int]]`): tokens per row (at least 2), and rows.
         arms (`list[Arm]`): with the stock arm `static` among them for the modelled column.
-        bandwidth (`float`): rate of a copy in 1e9 bytes per second.
-        memory (`int`): bytes that may be used.
-        new_tokens, repeats, progress: as for `bench.run.measure`.
         acceptance (`list[Acceptance]`, *optional*): measured tokens per step.
-        note (`Callable[[str], None]`, *optional*): told what could not be measured.
+        device, bandwidth, memory, note: as for `bench.kernels.measure_kernels`.
+        new_tokens, repeats, progress: as for `bench.run.measure`.
     """
     probe, fitting = build(shape_config(shape), dtype, torch.device("meta")), []
     for context, batch in sizes:
@@ -322,7 +312,7 @@ def _model_speedups(rows: Sequence[StepRow]) -> None:
     for row in rows:
         gamma, tau, draft, verify = row.num_assistant_tokens, row.tokens_per_step, row.draft_ms, row.verify_ms
         if static is not None and gamma and tau and draft is not None and verify is not None:
-            row.modelled = modelled_speedup(tau, gamma, draft, verify, row.rest_ms or 0.0, static.ms_per_token)
+            row.modelled = tau * static.ms_per_token / (gamma * draft + verify + (row.rest_ms or 0.0))
 
 
 def _row(

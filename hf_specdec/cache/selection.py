@@ -114,7 +114,7 @@ class FixedSelector(Selector):
     """A selector of fixed shapes, whose numbers live on the device, so that a captured forward can run it.
 
     Args:
-        rows, budget: as for `Selector`, and so are all that are not named here.
+        arguments, rules: as for `Selector`.
         longest (`int`): tokens that a row can have at most.
         device (`torch.device`): where the model is.
 
@@ -122,18 +122,10 @@ class FixedSelector(Selector):
         numbers (`torch.Tensor` of shape `[2, rows]`, int64): `valid` and `counts`.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        budget: Callable[[int, int], int],
-        *others: Any,
-        longest: int,
-        device: torch.device,
-        **rules: Any,
-    ) -> None:
-        super().__init__(rows, budget, *others, **rules)
-        self.selected = self._most = budget(longest, longest)
-        self.numbers = torch.zeros(2, rows, dtype=torch.int64, device=device)
+    def __init__(self, *arguments: Any, longest: int, device: torch.device, **rules: Any) -> None:
+        super().__init__(*arguments, **rules)
+        self.selected = self._most = self.budget(longest, longest)
+        self.numbers = torch.zeros(2, len(self.valid), dtype=torch.int64, device=device)
 
     def _send(self) -> None:
         self.numbers[:, : len(self.valid)].copy_(upload([self.valid, self.counts], self.numbers.device))

@@ -66,13 +66,11 @@ class ChosenView:
         self.selector.begin(starts, last)
         self.selections += sum(self.covered)
 
-    def wants(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` is scored: the layers that the view covers."""
+    def covers(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` is scored in target forwards, and reads the view in draft forwards."""
         return self.covered[layer_idx]
 
-    def covers(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` reads the view in draft forwards."""
-        return self.covered[layer_idx]
+    wants = covers
 
     def gather(self, address: Address) -> None:
         """Copy what was chosen for the layers that wait, and the tokens that were fed after the first."""

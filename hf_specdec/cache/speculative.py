@@ -195,9 +195,7 @@ class SpeculativeCache(Cache):
             rows (`list[int]`): the source's row for each of the n rows.
         """
         longest = max(counts)
-        for layer, old in zip(self.layers, source.layers, strict=True):
-            if not longest:
-                continue
+        for layer, old in zip(self.layers, source.layers, strict=True) if longest else ():
             layer.reserve(longest)
             if not layer.is_initialized:
                 layer.lazy_initialization(old.keys, old.values)

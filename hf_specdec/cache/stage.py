@@ -6,8 +6,6 @@ staircase. Storage and layer indices are the whole cache's; the step in progress
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers.cache_utils import Cache
 
 from .speculative import SpeculativeCache
@@ -44,7 +42,3 @@ class StageCache(SpeculativeCache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Return (keys, offset of the first key) of a mask for the stage."""
         return self.own[0].get_mask_sizes(query_length)
-
-    def get_query_offset(self, *args: Any, **kwargs: Any) -> int:
-        """Return the position of the next token that the stage gets."""
-        return self.length

@@ -7,18 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import (
-    SMOLLM2,
-    Target,
-    bar,
-    console,
-    load_model,
-    load_second,
-    numbers,
-    read_prompts,
-    torch_dtype,
-    write_json,
-)
+from .console import SMOLLM2, Target, bar, console, load_model, numbers, read_prompts, write_json
 
 
 if TYPE_CHECKING:
@@ -102,10 +91,10 @@ def bench(
         _bench_kernels(shapes, context, batch, tokens, repeats, strategies, json_out, acceptance, memory, target)
         return
     new_tokens = 96 if new_tokens is None else new_tokens
-    sizes, contexts = numbers(_or(batch, "1"), "--batch"), numbers(_or(context, "4000"), "--context")
+    sizes, contexts = numbers(batch, "--batch", "1"), numbers(context, "--context", "4000")
     texts = read_prompts(prompts, limit)
     loaded, tokenizer = load_model(target)
-    second = load_second(loaded, assistant, target) if assistant else None
+    second = target.load_second(loaded, assistant) if assistant else None
     names = strategies.split() if strategies is not None else ["plain"] if ablate else ["plain", "vegas"]
     arms = [make_arm(name, second) for name in dict.fromkeys(["default", "static", *names])]
     arms += specbound_arms(loaded, ablate) if ablate else []
@@ -117,10 +106,6 @@ def bench(
         return [group.to(target.device) for group in _equal_prompts(chats, rows)]
 
     measure_arms(loaded, groups_of, sizes, [0] if texts else contexts, arms, new_tokens, repeats, json_out)
-
-
-def _or(value: str | None, default: str) -> str:
-    return default if value is None else value
 
 
 def _refuse(kernels: bool, text_only: dict[str, Any], kernels_only: dict[str, Any]) -> None:
@@ -149,11 +134,11 @@ def _bench_kernels(
     from ..bench.report import kernel_table, step_table
     from ..bench.run import make_arm
 
-    where, kind = _check_device(target.device), torch_dtype(target.dtype)
-    given = _or(shapes, ",".join(name for name in steps.SHAPES if name != steps.TINY))
+    where, kind = _check_device(target.device), target.torch_dtype
+    given = ",".join(name for name in steps.SHAPES if name != steps.TINY) if shapes is None else shapes
     configs = {name: steps.shape_config(name) for name in map(str.strip, given.split(","))}
-    contexts = numbers(_or(context, "4096,32768,131072"), "--context")
-    sizes = numbers(_or(batch, "1,8,32"), "--batch")
+    contexts = numbers(context, "--context", "4096,32768,131072")
+    sizes = numbers(batch, "--batch", "1,8,32")
     _check_sizes(contexts, new_tokens, repeats, memory)
     table = steps.read_acceptance(acceptance) if acceptance is not None else []
     extra = strategies.split() if strategies is not None else steps.default_arms(where)
@@ -206,13 +191,9 @@ def _check_device(name: str) -> torch.device:
 
 def _check_sizes(contexts: list[int], new_tokens: int, repeats: int, memory: float | None) -> None:
     """Raise `ValueError` for sizes that can't be measured."""
-    for option, value, least in (
-        ("context", min(contexts), 2),
-        ("new-tokens", new_tokens, 2),
-        ("repeats", repeats, 1),
-    ):
+    for name, value, least in (("context", min(contexts), 2), ("new-tokens", new_tokens, 2), ("repeats", repeats, 1)):
         if value < least:
-            raise ValueError(f"`--{option}` must be at least {least} with `--kernels`, got {value}.")
+            raise ValueError(f"`--{name}` must be at least {least} with `--kernels`, got {value}.")
     if memory is not None and memory <= 0:
         raise ValueError(f"`--memory` must be above 0, got {memory}.")
 

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..training.routing import MaskSearch
-from .console import (
-    SMOLLM2,
-    Target,
-    bar,
-    console,
-    figures_table,
-    floats,
-    load_model,
-    load_second,
-    numbers,
-    read_prompts,
-    write_json,
-)
+from .console import SMOLLM2, Target, bar, console, floats, load_model, new_table, numbers, read_prompts, write_json
 from .options import expanded
 from .train import finish, model_and_texts
 
@@ -64,7 +52,7 @@ def calibrate_vegas_command(
             loaded, lambda length: long_batch(tokenizer, length, batch).to(loaded.device), contexts, **options
         )
     headings = ("context", "plain", "vegas", "gain", "tokens/step")
-    table = figures_table(f"batch {batch}: milliseconds per token", *headings)
+    table = new_table(f"batch {batch}: milliseconds per token", *headings)
     for plain, vegas in zip(rows[::2], rows[1::2], strict=True):
         one, other = plain.ms_per_token, vegas.ms_per_token
         steps = vegas.tokens_per_step or 1
@@ -157,7 +145,7 @@ def calibrate_spd_command(
         found = [count_ticks(loaded, rows, config, temperature=at, **options).figures() for at in chosen]
     title = f"{len(rows)} prompts, at most {new_tokens} new tokens; speed-up n N / K, nothing timed"
     headings = ("temperature", "n", "accepted", "after a rejection", "tokens/tick", "mean", "pooled")
-    table = figures_table(title, *headings)
+    table = new_table(title, *headings)
     for row in found:
         cells = ("acceptance", "tokens_per_tick", "theoretical_mean", "theoretical_pooled")
         accepted, *others = (f"{row[name]:.2f}" for name in cells)
@@ -263,7 +251,7 @@ def plan_via_sd_command(
         raise ValueError(f"`--layers`, `--head` and `--draft` go together, got {layers:g}, {head:g}, {draft:g}.")
     loaded, found, _ = model_and_texts(data, exclude, target)
     found = _spread(found, texts, window)
-    second, slim = load_second(loaded, assistant, target), load_slim(loaded, adapter)
+    second, slim = target.load_second(loaded, assistant), load_slim(loaded, adapter)
     units, mode = Units(loaded, slim.granularity), slim.cache_mode or "shared"
     scorer = SlimScorer(loaded, found, units, window, mode)
     rates = measure_rates(scorer, second, slim, ViaSDConfig().gate, sampling=sampling)
@@ -274,7 +262,7 @@ def plan_via_sd_command(
     )
     title = "predicted speed-up over plain decoding (draft tokens; candidates per stage)"
     headings = ("costs", "draft", "slim of 1 and 6", "model of 6", "two-tier", "lossless", "lossy, safe")
-    table = figures_table(title, *headings)
+    table = new_table(title, *headings)
     share = units.share(slim.keep)
     whole, top = read_parameters(loaded)
     small = sum(read_parameters(second))

@@ -34,6 +34,20 @@ class Target:
     dtype: str = option("bfloat16", "Type of the weights: bfloat16, float16 or float32.")
     device: str = option("cpu", "Where to run: cpu, cuda, ...")
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type of the weights; `ValueError` for any but the usual three."""
+        import torch
+
+        kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if self.dtype not in kinds:
+            raise ValueError(f"`--dtype` must be one of {', '.join(kinds)}, got {self.dtype!r}.")
+        return kinds[self.dtype]
+
+    def load_second(self, model: PreTrainedModel, name: str) -> PreTrainedModel:
+        """Return the assistant called `name` for `model`, of the same type on the same device."""
+        return load_assistant(model, name, self.dtype, self.device)
+
 
 SMOLLM2 = Target()
 """What runs by default."""
@@ -45,26 +59,11 @@ def load_model(target: Target) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
     from ..bench.smollm2 import load_smollm2
 
-    dtype = torch_dtype(target.dtype)
+    dtype = target.torch_dtype
     if not target.model:
         return load_smollm2(dtype, target.device)
     model = AutoModelForCausalLM.from_pretrained(target.model, dtype=dtype, device_map=target.device).eval()
     return model, AutoTokenizer.from_pretrained(target.model, padding_side="left")
-
-
-def load_second(model: PreTrainedModel, name: str, target: Target) -> PreTrainedModel:
-    """Return the assistant called `name` for `model`, of the same type on the same device."""
-    return load_assistant(model, name, target.dtype, target.device)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Return the dtype called `name`; raise `ValueError` for any but the usual three."""
-    import torch
-
-    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in kinds:
-        raise ValueError(f"`--dtype` must be one of {', '.join(kinds)}, got {name!r}.")
-    return kinds[name]
 
 
 @contextmanager
@@ -79,7 +78,7 @@ def bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
         yield lambda done, **changes: progress.update(task, advance=done if isinstance(done, int) else 1, **changes)
 
 
-def figures_table(title: str, *headings: str) -> Table:
+def new_table(title: str, *headings: str) -> Table:
     """Return a table of figures: every column on the right."""
     return Table(*(Column(heading, justify="right") for heading in headings), title=title)
 
@@ -102,8 +101,9 @@ def read_prompts(path: Path | None, limit: int) -> list[list[str]]:
     return [texts[i * len(texts) // limit] for i in range(limit)] if 0 < limit < len(texts) else texts
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """Return the positive numbers that an option lists, separated by commas."""
+def numbers(text: str | None, option: str, default: str = "") -> list[int]:
+    """Return the positive numbers that an option lists, separated by commas; `default` where it was not given."""
+    text = default if text is None else text
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError as error:

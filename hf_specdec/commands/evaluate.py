@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import SMOLLM2, Target, bar, console, figures_table, load_model, load_second, write_json
+from .console import SMOLLM2, Target, bar, console, load_model, new_table, write_json
 from .train import Assistant, NewTokens, Rewarding, Seed, Temperature
 
 
@@ -43,7 +43,7 @@ def evaluate_command(
     tasks = tasks[:limit] if limit else tasks
     sampling = Sampling(temperature=temperature, max_new_tokens=new_tokens)
     loaded, tokenizer = load_model(target)
-    draft = load_second(loaded, assistant, target) if assistant else None
+    draft = target.load_second(loaded, assistant) if assistant else None
     arms = [make_arm(name, draft) for name in strategies.split()]
     settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     with bar("evaluating", len(arms) * len(tasks)) as advance:
@@ -58,7 +58,7 @@ def evaluate_command(
 
 def _score_table(scores: Sequence[Score], title: str) -> Table:
     figures = ("reward", "95 %", "accepted", "tokens/forward", "ms/token", "mean w", "mean (1-w)TV")
-    table = figures_table(title, "decoding", *figures)
+    table = new_table(title, "decoding", *figures)
     table.columns[0].justify = "left"
     for score in scores:
         method = score.method

@@ -52,14 +52,8 @@ def read_results(path: Path) -> Results:
     for (context, batch, new_tokens), rows in groups.items():
         base = fastest_stock(cast(Any, rows))
         arms = [
-            (
-                row.name,
-                row.tokens_per_second,
-                base.ms_per_token / row.ms_per_token,
-                row.tokens_per_step,
-                row.acceptance,
-            )
-            for row in rows
+            (m.name, m.tokens_per_second, base.ms_per_token / m.ms_per_token, m.tokens_per_step, m.acceptance)
+            for m in rows
         ]
         title = f"About {context} tokens of context, batch {batch}, {new_tokens} new tokens per row"
         tables.append(ResultTable(title, base.name, arms))

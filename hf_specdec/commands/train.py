@@ -18,7 +18,7 @@ from ..training.settings import DistillSettings
 from ..training.spd import ModuleTraining, train_draft_module
 from ..training.specbound import ExitTraining, train_exit_heads
 from ..training.via_sd import SlimTraining, train_slim
-from .console import SMOLLM2, Target, bar, console, floats, load_model, load_second
+from .console import SMOLLM2, Target, bar, console, floats, load_model
 from .options import expanded
 
 
@@ -150,7 +150,7 @@ def train_diversed_command(
     settings = replace(settings, sampling=Sampling(temperature=temperature, max_new_tokens=new_tokens))
     function, tasks = resolve_reward(reward), load_items(items)
     loaded, tokenizer = load_model(target)
-    draft = load_second(loaded, assistant, target)
+    draft = target.load_second(loaded, assistant)
     with bar("training", settings.updates * len(settings.accept_coefs)) as advance:
 
         def report(figures: dict[str, Any]) -> None:

@@ -76,7 +76,14 @@ def admit(model: PreTrainedModel, generation_config: GenerationConfig, synced_gp
     check_config(generation_config)
     if synced_gpus:
         raise ValueError("`synced_gpus=True` (ZeRO-3 or FSDP generation) is not supported under `assistant_strategy`.")
-    _check_prompt_learning(model)
+    # PEFT binds its own input preparation to the base model for the time of the call
+    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
+    adapter: Any = getattr(owner, "active_peft_config", None)
+    if owner is not model and getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"The PEFT adapter of type {adapter.peft_type} prepends virtual tokens (prompt learning), which "
+            "`assistant_strategy` does not support; LoRA-like adapters are supported."
+        )
     return windows
 
 
@@ -88,17 +95,6 @@ def check_arguments(model_kwargs: dict[str, Any]) -> None:
             raise ValueError(
                 f"The model argument `{name}` is not supported under `assistant_strategy`; allowed: text input only."
             )
-
-
-def _check_prompt_learning(model: PreTrainedModel) -> None:
-    # PEFT binds its own input preparation to the base model for the time of the call
-    owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
-    config: Any = getattr(owner, "active_peft_config", None)
-    if owner is not model and getattr(config, "is_prompt_learning", False):
-        raise ValueError(
-            f"The PEFT adapter of type {config.peft_type} prepends virtual tokens (prompt learning), which "
-            "`assistant_strategy` does not support; LoRA-like adapters are supported."
-        )
 
 
 def check_position_ids(position_ids: torch.Tensor | None, mask: torch.Tensor, width: int) -> None:
@@ -136,11 +132,11 @@ def layer_windows(model: PreTrainedModel, argument: str = "model") -> list[int |
         raise refuse("it is an encoder-decoder model; decoder-only models are supported")
     if model.get_output_embeddings() is None:
         raise refuse("it has no language modeling head")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds - {"full_attention", "sliding_attention"}:
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
         raise refuse(
-            f"it has layers of type {', '.join(sorted(kinds - {'full_attention', 'sliding_attention'}))}; full and "
-            "sliding attention are supported, recurrent and chunked layers are not"
+            f"it has layers of type {', '.join(sorted(kinds))}; full and sliding attention are supported, recurrent "
+            "and chunked layers are not"
         )
     if getattr(model, "_is_stateful", False):
         raise refuse("its layers keep a recurrent state, which can't be rolled back")

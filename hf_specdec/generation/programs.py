@@ -103,7 +103,7 @@ class Program:
         self._again: Callable[[], None] | None = None
 
     def _run(self) -> Forward:
-        self.address.forget()
+        self.address.made.clear()  # a forward that is captured has to compute it itself
         step = self.runner.cache.attach(self.address, self.request)
         return self.runner.call(self.tokens, step, self.request.hidden)
 
@@ -341,11 +341,7 @@ _RUNNERS: dict[str, type[FixedWidthRunner]] = {
 
 
 def make_runner(
-    mode: str | None,
-    model: PreTrainedModel,
-    cache: SpeculativeCache,
-    max_length: int,
-    widths: Sequence[int],
+    mode: str | None, model: PreTrainedModel, cache: SpeculativeCache, max_length: int, widths: Sequence[int]
 ) -> ModelRunner:
     """Return the runner for a config's `compile`; arguments as for `FixedWidthRunner`."""
     if mode is None:

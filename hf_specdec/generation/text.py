@@ -84,8 +84,7 @@ class Text:
     def write(self, new: dict[int, list[int]]) -> None:
         """Append tokens to rows."""
         for row, tokens in new.items():
-            start = self.columns[row] - self._offsets[row]
-            self._put(row, start, tokens)
+            self._put(row, self.columns[row] - self._offsets[row], tokens)
             self.columns[row] += len(tokens)
 
     def cut(self, row: int, column: int) -> None:

@@ -46,6 +46,7 @@ class Address:
         rows (`int`): active rows.
         low, high (`int`): least position that is fed, and the end of the farthest.
         uniform (`bool`): whether all rows start at one position.
+        same_last (`int`, *optional*): the index of the last real query if all rows are known to agree on it.
     """
 
     def __init__(self, starts: Sequence[int], width: int, last: Sequence[int] | None = None) -> None:
@@ -55,12 +56,8 @@ class Address:
         self.low, self.high = min(self.starts), max(self.starts) + width
         self.uniform = self.low + width == self.high
         self.last = (width - 1,) * self.rows if last is None else tuple(last)
+        self.same_last = self.last[0] if len(set(self.last)) == 1 else None
         self.made: dict[Any, Any] = {}
-
-    @property
-    def same_last(self) -> int | None:
-        """The index of the last real query if all rows agree on it."""
-        return self.last[0] if len(set(self.last)) == 1 else None
 
     @once
     def starts_on(self, device: torch.device) -> torch.Tensor:
@@ -120,13 +117,8 @@ class StaticAddress(Address):
     def __init__(self, rows: int, width: int, capacity: int, device: torch.device) -> None:
         super().__init__([0] * rows, width)
         # nothing about lengths is known to the host when the forward is captured
-        self.low, self.high, self.uniform = 0, capacity, False
+        self.low, self.high, self.uniform, self.same_last = 0, capacity, False, None
         self._numbers = torch.zeros(3, rows, dtype=torch.int64, device=device)
-
-    @property
-    def same_last(self) -> None:
-        """Always `None`: it changes between runs."""
-        return None
 
     def move(self, starts: Sequence[int], last: Sequence[int]) -> None:
         """Say where the active rows stand; arguments as for `Address`."""
@@ -134,10 +126,6 @@ class StaticAddress(Address):
         parking = [self.high - self.width] * idle
         numbers = [[*starts, *[0] * idle], [*last, *[0] * idle], [*starts, *parking]]
         self._numbers.copy_(upload(numbers, self._numbers.device))
-
-    def forget(self) -> None:
-        """Drop what was computed from the numbers; a forward that is captured has to compute it itself."""
-        self.made.clear()
 
     def starts_on(self, device: torch.device) -> torch.Tensor:
         """Return the starts as int64 `[n]`."""

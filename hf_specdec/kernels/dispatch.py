@@ -10,7 +10,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, PreTrainedConfig
@@ -32,12 +32,6 @@ class MaskSpec:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
         self.window: int | None = arguments.get("local_size")
-
-    def build(self, implementation: str) -> Any:
-        """Return the mask that `implementation` would have been given."""
-        if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-            return None
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
 
 
 def mask_function(**arguments: Any) -> MaskSpec | None:
@@ -77,7 +71,8 @@ def attention_function(
         ValueError: if the model's attention depends on something that this function does not know.
     """
     if specdec_step is None:
-        return _original(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, kwargs)
+        kwargs |= {name: own for name, own in (("softcap", softcap), ("s_aux", s_aux)) if own is not None}
+        return _original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx = cast(int, getattr(module, "layer_idx", None))
     if isinstance(specdec_step, torch.Tensor):  # a forward that is compiled: the step is only named
@@ -101,27 +96,15 @@ def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: di
                 f"{type(module).__name__} passes the tensor `{name}` to its attention; `assistant_strategy` supports "
                 "models whose attention takes positions and sinks only."
             )
-    if mask is None:
-        return None
-    if mask.arguments.get("use_vmap"):
+    if mask is not None and mask.arguments.get("use_vmap"):
         raise ValueError(
             f"{type(module).__name__} changes the causal mask; `assistant_strategy` supports causal and sliding."
         )
-    window: int | None = mask.window
-    return window
+    return None if mask is None else mask.window
 
 
 def _original(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: Any,
-    scaling: float | None,
-    dropout: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    kwargs: dict[str, Any],
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
 ) -> Any:
     original = _switched.get(id(module.config), ("sdpa", None))[0]
     if original == "eager":
@@ -129,30 +112,20 @@ def _original(
     else:
         function = ALL_ATTENTION_FUNCTIONS[original]
     if isinstance(mask, MaskSpec):
-        mask = mask.build(original)
-    extra = {"softcap": softcap, "s_aux": sinks}
-    extra = {key: value for key, value in extra.items() if value is not None}
-    return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra, **kwargs)
-
-
-class Configured(Protocol):
-    """A model, or modules beside one that have its config."""
-
-    config: Any
-
-    def modules(self) -> Iterator[torch.nn.Module]:
-        """Return all modules in it, itself included."""
+        build = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
+        mask = None if build is None else build(**mask.arguments)
+    return function(module, query, key, value, mask, **kwargs)
 
 
 class _Switch:
     """What one model's switch changed, and how many contexts rely on it; the last one to end changes it back."""
 
-    def __init__(self, model: Configured) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.users = 0
         self.owners: list[tuple[Any, PreTrainedConfig]] = []
         self.copies: dict[int, PreTrainedConfig] = {}
-        modules: Iterator[Any] = model.modules()
-        for module in modules:
+        module: Any
+        for module in model.modules():
             config = module.__dict__.get("config")
             if isinstance(config, PreTrainedConfig):
                 self.owners.append((module, config))
@@ -189,11 +162,12 @@ _switched: dict[int, tuple[str, _Switch]] = {}
 
 
 @contextmanager
-def speculative_attention(model: Configured) -> Iterator[None]:
+def speculative_attention(model: torch.nn.Module) -> Iterator[None]:
     """Make `model` use our attention inside the context; afterwards, and after an exception, its own again.
 
-    The model's modules are given copies of their configs that name our attention. The configs themselves stay as they
-    are, because other models, in other threads, may share them. Contexts of one model may overlap.
+    The model's modules (or those beside a model that have its config) are given copies of their configs that name our
+    attention. The configs themselves stay, because other models, in other threads, may share them. Contexts of one
+    model may overlap.
     """
     with _lock:
         known = _switched.get(id(model.config))

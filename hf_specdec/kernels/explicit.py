@@ -22,11 +22,7 @@ attention then take about as long as a decoder layer of a small model. So shapes
 
 
 def cached_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    address: Address,
-    rules: AttentionRules,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, address: Address, rules: AttentionRules
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; `kernels.reference` says what this computes.
 
@@ -108,11 +104,7 @@ def token_scores(source: torch.Tensor, address: Address, score: ScoreRequest) ->
 
 
 def side_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    rules: AttentionRules,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, rules: AttentionRules
 ) -> torch.Tensor:
     """Attend with one query per row over a small side buffer.
 

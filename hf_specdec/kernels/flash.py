@@ -43,11 +43,7 @@ def lacks(request: Request) -> str | None:
 
 
 def cached_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    address: Address,
-    rules: AttentionRules,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, address: Address, rules: AttentionRules
 ) -> tuple[torch.Tensor, None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`.
 

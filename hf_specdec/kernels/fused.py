@@ -19,11 +19,7 @@ def lacks(request: Request) -> str | None:
 
 
 def cached_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    address: Address,
-    rules: AttentionRules,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, address: Address, rules: AttentionRules
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`."""
     starts, score = address.starts_on(query.device), rules.score
@@ -40,11 +36,7 @@ def cached_attention(
 
 
 def side_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    reads: SideRange,
-    rules: AttentionRules,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, reads: SideRange, rules: AttentionRules
 ) -> torch.Tensor:
     """Attend with one query per row over a side buffer; as `explicit.side_attention`, masked by numbers per row."""
     shared: dict[str, Any] = {"scaling": rules.scaling, "softcap": rules.softcap, "sinks": rules.sinks}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -18,27 +18,18 @@ from .choice import attend_layer
 from .step import Step
 
 
-class Storage(Protocol):
-    """What the operation needs of a cache (`cache.speculative.SpeculativeCache`)."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's fed tokens and return what the layer reads."""
-
-
 class Entry:
     """A cache and the step in progress, under a number that a compiled forward can carry.
 
     Args:
-        cache (`Storage`): where the operation writes.
+        cache (`SpeculativeCache`): where the operation writes.
 
     Attributes:
         step (`Step`, *optional*): set before every forward.
         number (`torch.Tensor`, int64, no dimensions, on the CPU): what the forward is given as `specdec_step`.
     """
 
-    def __init__(self, cache: Storage) -> None:
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.step: Step | None = None
         key = next(_count)
@@ -51,14 +42,14 @@ _entries: weakref.WeakValueDictionary[int, Entry] = weakref.WeakValueDictionary(
 
 
 class EmptyCache(Cache):
-    """Stands in for the cache inside a compiled forward: keeps nothing and returns what it is given.
+    """Stands in for the cache inside a compiled forward: has no layers, and returns what it is given.
 
     Args:
         windows (`list[int | None]`): per layer its sliding window; only whether there is one is ever read.
     """
 
     def __init__(self, windows: list[int | None]) -> None:
-        self.layers: Any = []
+        super().__init__(layers=[])
         self.sliding = [window is not None for window in windows]
 
     @property
@@ -69,18 +60,6 @@ class EmptyCache(Cache):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the states as they are."""
         return key_states, value_states
-
-    def get_seq_length(self, *args: Any) -> int:
-        """Return 0."""
-        return 0
-
-    def get_query_offset(self, *args: Any) -> int:
-        """Return 0."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int, *args: Any) -> tuple[int, int]:
-        """Return the sizes of a mask that is never built."""
-        return query_length, 0
 
 
 @torch.library.custom_op("hf_specdec::attend", mutates_args=())

@@ -21,11 +21,7 @@ Attention = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
 
 
 def cached_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    address: Address,
-    rules: AttentionRules,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, address: Address, rules: AttentionRules
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend over the cache's storage; arguments and results as for `explicit.cached_attention`.
 

@@ -22,11 +22,7 @@ def attention_weights(
         key (`torch.Tensor` of shape `[n, h_kv, S, d]`): row j's token at position p in slot p; query head h reads
             key head `h // (h_q / h_kv)`.
         starts (`torch.Tensor` of shape `[n]`, int64): position of each row's first query.
-        scaling (`float`): factor on the products.
-        window (`int`, *optional*): a query at position i reads the positions `(i - window, i]`; `None` for `[0, i]`.
-        softcap (`float`, *optional*): scores become `softcap * tanh(score / softcap)` (Gemma-2).
-        sinks (`torch.Tensor` of shape `[h_q]`, *optional*): a learned logit per head that takes part in the softmax
-            and attends to nothing (gpt-oss), so that the weights sum to less than 1.
+        scaling, window, softcap, sinks: as in `AttentionRules`; with sinks the weights sum to less than 1.
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `[n, h_q, m, S]`, float32 (float64 for float64 inputs).
@@ -71,11 +67,9 @@ def token_scores(
     """Return Vegas' importance of each slot, the mean over query heads and chosen queries (arXiv 2602.07223).
 
     Args:
-        weights (`torch.Tensor` of shape `[n, h_q, m, S]`): from `attention_weights`.
-        raw (`torch.Tensor` of shape `[n, h_q, m, S]`): from `attention_weights`.
+        weights, raw (`torch.Tensor` of shape `[n, h_q, m, S]`): from `attention_weights`.
         last (`torch.Tensor` of shape `[n]`, int64): index of each row's last real query.
-        queries (`str`): `"first_last"` (the two may be one and the same), `"last"`, or `"all"` up to the last.
-        metric (`str`): `"weight"`, or `"logit"` for the mean of the raw products.
+        queries, metric: as in `ScoreRequest`.
         key_heads (`int`, *optional*): keep the key heads apart, each the mean over its own query heads.
 
     Returns:

@@ -104,11 +104,7 @@ class DraftView(Protocol):
 
 
 class ScoreSink(Protocol):
-    """Takes the scores of one layer's cached tokens during a target forward.
-
-    Attributes:
-        request (`ScoreRequest`): which scores it takes.
-    """
+    """Takes the scores of one layer's cached tokens, those that its `request` names, during a target forward."""
 
     request: ScoreRequest
 

@@ -263,10 +263,7 @@ def attend_cache(
         starts (`torch.Tensor` of shape `[n]`, int64): position of each row's first query, on the device.
         longest (`int`): upper bound of `starts + m`; it sizes the grid and the scores, and nothing else. A captured
             graph passes the capacity.
-        scaling (`float`): factor on the products.
-        window (`int`, *optional*): sliding window, as in the reference.
-        softcap (`float`, *optional*): as in the reference.
-        sinks (`torch.Tensor` of shape `[h_q]`, *optional*): as in the reference; any floating dtype.
+        scaling, window, softcap, sinks: as in `AttentionRules`; sinks in any floating dtype.
         last (`torch.Tensor` of shape `[n]`, int64, *optional*): index of each row's last real query, on the device;
             with it the scores of the first and the last query are returned.
 

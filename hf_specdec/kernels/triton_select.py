@@ -116,9 +116,7 @@ def token_scores(
         starts, last (`torch.Tensor` of shape `[n]`, int64): as given to `attend_cache`.
         length (`int`): slots to score, from 0.
         scaling, softcap, window: as given to `attend_cache`.
-        queries (`str`): `"first_last"` (the two may be one and the same) or `"last"`.
-        metric (`str`): `"weight"`, or `"logit"` for the mean of the raw products.
-        key_heads (`int`, *optional*): keep the key heads apart, each the mean over its own query heads.
+        queries, metric, key_heads: as for the reference, but for `"all"` queries.
 
     Returns:
         float32 `torch.Tensor` of shape `[n, length]`, or `[n, key_heads, length]`. A query counts as 0 at slots that

@@ -352,7 +352,7 @@ def call(monkeypatch, *arguments: str) -> None:
 
 
 def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(kernels, "_SOME_COPIED", 1 << 20)
+    monkeypatch.setitem(kernels._COPIED, "cpu", 1 << 20)
     monkeypatch.setattr(cli.console, "width", 200)
     path = tmp_path / "out.json"
     call(
@@ -374,7 +374,7 @@ def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
 
 
 def test_what_was_measured_before_an_error_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels, "_SOME_COPIED", 1 << 20)
+    monkeypatch.setitem(kernels._COPIED, "cpu", 1 << 20)
     monkeypatch.setattr(steps, "measure", lambda *arguments, **options: 1 / 0)
     path = tmp_path / "out.json"
     with pytest.raises(ZeroDivisionError):

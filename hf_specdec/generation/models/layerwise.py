@@ -35,15 +35,10 @@ class LayerCall(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """What a forward would do first.
+    """What a forward would do first."""
 
-    Attributes:
-        hidden (`torch.Tensor` of shape `[n, m, H]`): the first layer's input.
-        calls (`list[LayerCall]`): per layer.
-    """
-
-    hidden: torch.Tensor
-    calls: list[LayerCall]
+    hidden: torch.Tensor  # the first layer's input, `[n, m, H]`
+    calls: list[LayerCall]  # per layer
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:

@@ -30,31 +30,19 @@ Job = Callable[[], Any]
 
 
 class Parcel(NamedTuple):
-    """A token on its way through the stages.
+    """A token on its way through the stages."""
 
-    Attributes:
-        hidden (`torch.Tensor` of shape `[1, m, H]`): its state after the stages that it has passed.
-        address (`Address`): its position in the text.
-        recording (`Recording`): what the layers get beside the state.
-    """
-
-    hidden: torch.Tensor
-    address: Address
-    recording: Recording
+    hidden: torch.Tensor  # `[1, m, H]`, its state after the stages that it has passed
+    address: Address  # its position in the text
+    recording: Recording  # what the layers get beside the state
 
 
 class Tick(NamedTuple):
-    """What one tick produced.
+    """What one tick produced."""
 
-    Attributes:
-        guess (`torch.Tensor` of shape `[1, V_d]`, *optional*): the draft module's logits; `None` if it was not asked.
-        features (`list[Features]`): per stage what its token gained, empty for a stage without a token.
-        final (`torch.Tensor` of shape `[1, 1, H]`, *optional*): state after the last layer of the token that left.
-    """
-
-    guess: torch.Tensor | None
-    features: list[Features]
-    final: torch.Tensor | None
+    guess: torch.Tensor | None  # the draft module's logits `[1, V_d]`; `None` if it was not asked
+    features: list[Features]  # per stage what its token gained, empty for a stage without a token
+    final: torch.Tensor | None  # state `[1, 1, H]` after the last layer of the token that left
 
 
 class Stage:

@@ -43,17 +43,11 @@ class Message(NamedTuple):
 
 @dataclass
 class Order:
-    """What rank 0 says of a tick.
+    """What rank 0 says of a tick."""
 
-    Args:
-        length (`int`, *optional*): tokens of the text that every stage keeps, after a rejection.
-        token (`int`, *optional*): that enters the first stage.
-        positions (`list[int | None]`): of the token that waits before each stage, where one does.
-    """
-
-    length: int | None
-    token: int | None
-    positions: list[int | None]
+    length: int | None  # tokens of the text that every stage keeps, after a rejection
+    token: int | None  # that enters the first stage
+    positions: list[int | None]  # of the token that waits before each stage, where one does
 
     def encode(self) -> list[int]:
         """Return the order as the numbers of a command."""

@@ -16,17 +16,11 @@ ACCEPT, REGENERATE, ESCALATE = 0, 1, 2
 
 
 class Gate(NamedTuple):
-    """What the slim verifier may decide by itself; infinity is for never.
+    """What the slim verifier may decide by itself; infinity is for never."""
 
-    Attributes:
-        accept (`float`): r from which a token is in tier A.
-        escalate (`float`): r below which it is in tier C.
-        sure (`float`): M below which tier C takes the place of B.
-    """
-
-    accept: float
-    escalate: float
-    sure: float = 0.0
+    accept: float  # r from which a token is in tier A
+    escalate: float  # r below which it is in tier C
+    sure: float = 0.0  # M below which tier C takes the place of B
 
 
 def slim_ratio(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,30 +102,19 @@ def tiered_distribution(
 
 @dataclass
 class Scored:
-    """What a forward says of a block.
+    """What a forward says of a block."""
 
-    Args:
-        logits (`torch.Tensor` of shape `[n, m, V]`): raw,
-        scores (`torch.Tensor` of shape `[n, m, V]`): and after the caller's processors.
-    """
-
-    logits: torch.Tensor
-    scores: torch.Tensor
+    logits: torch.Tensor  # raw, `[n, m, V]`
+    scores: torch.Tensor  # the same after the caller's processors
 
 
 @dataclass
 class SlimPass(Scored):
-    """What the slim verifier says of a block of drafts `[n, m - 1]`, and of what follows it.
+    """What the slim verifier says of a block of drafts `[n, m - 1]`, and of what follows it; see `slim_ratio`."""
 
-    Args:
-        distribution (`torch.Tensor` of shape `[n, m, V]`, *optional*): S, when sampling.
-        log_ratio (`torch.Tensor` of shape `[n, m, V]`): log r,
-        confidence (`torch.Tensor` of shape `[n, m]`): and M (see `slim_ratio`).
-    """
-
-    distribution: torch.Tensor | None
-    log_ratio: torch.Tensor
-    confidence: torch.Tensor
+    distribution: torch.Tensor | None  # S `[n, m, V]`, when sampling
+    log_ratio: torch.Tensor  # log r `[n, m, V]`
+    confidence: torch.Tensor  # M `[n, m]`
 
     def tiers_of(self, drafts: torch.Tensor, gate: Gate, ends: torch.Tensor | None = None) -> torch.Tensor:
         """Return the tiers `[n, k]` of the drafts `[n, k]`; for `ends` see `tiers`."""

@@ -142,13 +142,9 @@ def mask_hash(keep: Sequence[bool], granularity: str) -> str:
 
 
 class LowRank(nn.Module):
-    """A linear module with a low-rank term beside it: `base(x) + scale * B A x`.
+    """A linear module with a low-rank term beside it: `base(x) + scale * B A x`, with A `[r, in]` and B `[out, r]`.
 
-    Args:
-        base (`nn.Module`): shared, and not changed.
-        down (`torch.Tensor` of shape `[r, in]`): A.
-        up (`torch.Tensor` of shape `[out, r]`): B.
-        scale (`float`): of the term.
+    `base` is shared, and not changed.
     """
 
     def __init__(self, base: nn.Module, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
@@ -258,21 +254,13 @@ KIND = "slim"
 
 @dataclass
 class Slim:
-    """A mask as it was saved, perhaps with an adapter.
-
-    Args:
-        granularity (`str`): of the mask.
-        keep (`list[bool]`): per unit, whether it stays.
-        calibration (`dict`): what the search measured on held-out text, `agreement` among it.
-        terms (`LowRankTerms`, *optional*): the adapter.
-        cache_mode (`str`, *optional*): that the adapter was trained for.
-    """
+    """A mask as it was saved, perhaps with an adapter."""
 
     granularity: str
-    keep: list[bool]
-    calibration: dict[str, Any]
-    terms: LowRankTerms | None = None
-    cache_mode: str | None = None
+    keep: list[bool]  # per unit, whether it stays
+    calibration: dict[str, Any]  # what the search measured on held-out text, `agreement` among it
+    terms: LowRankTerms | None = None  # the adapter
+    cache_mode: str | None = None  # that the adapter was trained for
 
 
 def save_slim(

@@ -21,11 +21,9 @@ from .slim_drafter import SlimDrafter
 
 
 class RoundSchedule:
-    """Says of each round in turn whether it is tiered.
+    """Says of each round in turn whether it is tiered: a share `level` of them is, the others are spread evenly.
 
-    Args:
-        level (`float`): share of the rounds that are tiered; the others are spread evenly.
-        limit (`int`, *optional*): tokens of a row that the model has not read, from which on it has to.
+    From `limit` tokens of a row on that the model has not read, it has to read them.
     """
 
     def __init__(self, level: float, limit: int | None) -> None:
