@@ -15,6 +15,7 @@ from hf_specdec.cache.selection import Selector
 from hf_specdec.cache.side import flat_index, gather_slots
 from hf_specdec.cache.sparse import SparseView
 from hf_specdec.cache.speculative import SpeculativeCache, SpeculativeLayer
+from hf_specdec.cache.stage import StageCache
 from hf_specdec.kernels.address import Address
 from hf_specdec.kernels.request import ForwardRequest, ScoreRequest
 
@@ -549,3 +550,17 @@ def test_a_long_cache_and_only_the_new_tokens(strategy):
     found = llama.ours(strategy, ids[:, 15:], past_key_values=caches[1], **new)
     assert torch.equal(found, expected)
     assert caches[1].get_seq_length() == caches[0].get_seq_length()
+
+
+# the part of a stage
+
+
+def test_a_stage_rewinds_its_own_layers_and_no_other():
+    whole = SpeculativeCache([None] * 5, 1, 8)
+    whole.set_lengths([6])
+    stage = StageCache(whole, 1, 4)
+    assert stage.length == 6
+    stage.rewind(4)
+    assert stage.length == 4
+    assert [layer.lengths.tolist() for layer in whole.layers] == [[6], [4], [4], [4], [6]]
+    assert [layer.longest for layer in whole.layers] == [6, 4, 4, 4, 6]

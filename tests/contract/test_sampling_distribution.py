@@ -9,9 +9,10 @@ import families
 import pytest
 import torch
 from contract_cases import BASES, VARIANTS
+from prefixes import AgainstLastPair
 from scipy import stats
 from tiers import FULL
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -42,14 +43,6 @@ def some_settings():
 
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 2, 0, 3, 3, 4, 2, 1, 0]])
-
-
-class AgainstLastPair(LogitsProcessor):
-    """Depends on the last two tokens and on the length of the text."""
-
-    def __call__(self, input_ids, scores):
-        index = (input_ids[:, -1] + 2 * input_ids[:, -2] + input_ids.shape[1]) % scores.shape[1]
-        return scores.scatter_add(1, index[:, None], torch.full_like(scores[:, :1], 1.5))
 
 
 # (name, keywords of generate, the same in stock's order of processors)

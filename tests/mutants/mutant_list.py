@@ -216,6 +216,14 @@ MUTANTS = [
     ),
     # selection
     Mutant(
+        "the assistant keeps drafts that were refused",
+        "generation/drafting.py",
+        "self.known = [min(length, count - 1) for length, count in zip(self.known, state.committed, strict=True)]",
+        "pass",
+        ("methods/assisted",),
+        ("assisted",),
+    ),
+    Mutant(
         "the least important tokens are chosen",
         "cache/selection.py",
         "return metric.topk(self.selected, dim=-1, sorted=ragged).indices",
@@ -297,10 +305,10 @@ MUTANTS = [
         ("via_sd:safe", "via_sd:paper"),
     ),
     Mutant(
-        "a closed stage takes further candidates",
+        "candidates stay in the text",
         _SLIM,
-        "counts = [count if stage.open else 0 for count, stage in zip(draft.counts, stages, strict=True)]",
-        "counts = list(draft.counts)",
+        "speculation.enter_context(state.text.speculated(new))",
+        "state.text.write(new)",
         _VIA_SD,
         ("via_sd",),
     ),
@@ -319,6 +327,14 @@ MUTANTS = [
         "for layer in self.own:\n            layer.lengths",
         "for layer in self.own[:1]:\n            layer.lengths",
         ("cache", *_SPD),
+        ("spd",),
+    ),
+    Mutant(
+        "tokens behind a rejected one stay under way",
+        "generation/methods/spd/pipeline.py",
+        "self.waiting = [None] * len(self.stages)",
+        "self.waiting = self.waiting or [None] * len(self.stages)",
+        _SPD,
         ("spd",),
     ),
     Mutant(

@@ -10,22 +10,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 from families import build
+from prefixes import AgainstLastPair
 from scipy import stats
 from specbound_cases import SMALL, WARPED, lower_deep_layers, random_heads
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from hf_specdec import SpecBoundConfig, on_speculation
 from hf_specdec.generation import acceptance
 from hf_specdec.generation.methods.specbound import method as specbound
 from hf_specdec.generation.state import DecodingState
-
-
-class AgainstLastPair(LogitsProcessor):
-    """Depends on the last two tokens and on the length of the text."""
-
-    def __call__(self, input_ids, scores):
-        index = (input_ids[:, -1] + 2 * input_ids[:, -2] + input_ids.shape[1]) % scores.shape[1]
-        return scores.scatter_add(1, index[:, None], torch.full_like(scores[:, :1], 1.5))
 
 
 LAWS = {

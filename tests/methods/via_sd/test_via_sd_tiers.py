@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from prefixes import AgainstLastPair
 from transformers.generation.logits_process import (
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -64,10 +65,10 @@ def test_greedy_tiers_are_the_published_ones(pair, prompt, name, cache, gamma):
 
 @pytest.mark.parametrize("cache", ["shared", "own"])
 def test_greedy_tiers_under_processors_that_read_the_prefix(pair, prompt, cache):
-    chain = (RepetitionPenaltyLogitsProcessor(1.4), NoRepeatNGramLogitsProcessor(2))
+    chain = (RepetitionPenaltyLogitsProcessor(1.4), NoRepeatNGramLogitsProcessor(2), AgainstLastPair())
     config = lossy(**MIXED, slim_cache=cache)
     reference = Reference(pair, prompt, shared=cache == "shared", processors=chain)
-    kwargs = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2}
+    kwargs = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "logits_processor": [AgainstLastPair()]}
     with_them = check_greedy(pair, prompt, config, reference=reference, **kwargs)
     assert with_them.method["tier_ids"] != measured(pair, prompt, config, max_new_tokens=40)[1].method["tier_ids"]
 
