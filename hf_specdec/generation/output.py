@@ -72,11 +72,10 @@ class Emitter:
             if self.clock >= min((columns[row] for row in unfinished), default=max(columns[row] for row in rows)):
                 return
             self.clock += 1
-            text = self.state.text.by_column(self.clock)
             if self.custom:
-                self._judge(text, rows)
+                self._judge(self.state.text.by_column(self.clock), rows)
             if self.streamer is not None:
-                self.streamer.put(text[:, -1].cpu())
+                self.streamer.put(self.state.text.column(self.clock - 1))
 
     def _judge(self, text: torch.Tensor, rows: list[int]) -> None:
         verdict = self.criteria(text, self._columns_of("scores", self.clock)).tolist()

@@ -81,6 +81,10 @@ class Text:
         tokens = torch.nn.functional.pad(self.tokens, (0, max(0, end - self._max_length)), value=self.pad_token)
         return torch.cat([self._prompt, tokens.gather(1, positions)], dim=1)[:, :end]
 
+    def column(self, index: int) -> torch.Tensor:
+        """Return a generated column as stock has it, `[b]`, on the CPU."""
+        return self.host[range(len(self.columns)), [index - offset for offset in self._offsets]]
+
     def write(self, new: dict[int, list[int]]) -> None:
         """Append tokens to rows."""
         for row, tokens in new.items():

@@ -45,6 +45,7 @@ def test_writing_and_cutting(kind):
     assert text.columns == [7, 5] and text.lengths([1, 0]) == [3, 7]
     assert text.by_column(8).tolist() == [[10, 11, 12, 13, 1, 2, 3, PAD], [PAD, PAD, 22, 23, 4, PAD, PAD, PAD]]
     assert text.tail([0, 1], 1).tolist() == [[3], [4]]
+    assert [text.column(index).tolist() for index in (4, 5)] == [[1, 4], [2, PAD]]
     text.cut(0, 5)
     assert text.by_column(7).tolist() == [[10, 11, 12, 13, 1, PAD, PAD], [PAD, PAD, 22, 23, 4, PAD, PAD]]
     assert torch.equal(text.host, text.tokens.cpu())
