@@ -216,11 +216,11 @@ MUTANTS = [
     ),
     # selection
     Mutant(
-        "the assistant keeps drafts that were refused",
+        "the assistant is taken to have read its last draft",
         "generation/drafting.py",
-        "self.known = [min(length, count - 1) for length, count in zip(self.known, state.committed, strict=True)]",
-        "pass",
-        ("methods/assisted",),
+        "reader.known = starts\n",
+        "reader.known = [start + 1 for start in starts]\n",
+        ("methods/assisted", "methods/diversed/test_diversed_rounds.py"),
         ("assisted",),
     ),
     Mutant(
