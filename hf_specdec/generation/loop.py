@@ -86,21 +86,18 @@ class DecodingLoop:
         if generation_config is None:
             raise ValueError("`DecodingLoop` is called by `generate()`: pass it as `custom_generate=`.")
         strategy = self.make_strategy()
-        if windows is None:
-            windows = admission.admit(model, generation_config, synced_gpus)
+        windows = admission.admit(model, generation_config, synced_gpus) if windows is None else windows
         chain = logits_processor or LogitsProcessorList()
         state = self._prepare(strategy, model, input_ids, chain, generation_config, list(windows), model_kwargs)
         emitter = self._emitter(strategy, state, stopping_criteria or StoppingCriteriaList(), streamer)
         past = model_kwargs.get("past_key_values")
-        keep_cache = bool(generation_config.return_dict_in_generate) or getattr(past, "_is_user_defined", False)
-        keep_cache = keep_cache and strategy.whole_model
+        returned = generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)
+        keep_cache = bool(returned) and strategy.whole_model
         groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
-        finished: list[tuple[ModelRunner, list[int]]] = []
         with strategy.session(state):
-            if strategy.controls:
-                finished = [self._decode(strategy, state, emitter, rows) for rows in groups]
-            else:
+            if not strategy.controls:
                 strategy.follow(state)
+            finished = [self._decode(strategy, state, emitter, rows) for rows in groups if strategy.controls]
         end = max(state.text.columns)
         if keep_cache or emitter.collected:
             with speculative_attention(model):
@@ -108,17 +105,16 @@ class DecodingLoop:
                     self._complete(strategy, state, emitter, target, order, end)
         if emitter.streamer is not None:
             emitter.streamer.end()
-        stats = state.stats
         if strategy.controls:
-            report(stats)
+            report(state.stats)
         cache = self._export(model, state, finished, past, end) if keep_cache else None
-        sequences = state.text.by_column(end)
+        sequences = cast(torch.LongTensor, state.text.by_column(end))
         if not generation_config.return_dict_in_generate:
             return sequences
         return SpeculationOutput(
-            sequences=cast(torch.LongTensor, sequences),
+            sequences=sequences,
             past_key_values=cache,
-            speculation=stats if stats.num_drafts else None,
+            speculation=state.stats if state.stats.num_drafts else None,
             **emitter.tables(end),
         )
 

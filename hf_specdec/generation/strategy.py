@@ -114,8 +114,7 @@ class Drafter:
         return Draft.empty(state)
 
     def look_ahead(self, state: DecodingState, draft: Draft) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the drafter's distribution `[n, V]` after the last real draft of each row, and the hidden state `[n,
-        H]`.
+        """Return the drafter's distributions `[n, V]` after each row's last real draft, and the states `[n, H]`.
 
         Only where `looks_ahead`; it runs one more draft forward.
         """

@@ -68,8 +68,8 @@ class LookupDrafter(Drafter):
             if len(places):
                 # the latest place that enough words follow, so that a text which repeats itself is drafted in full
                 enough = places[places + size + room <= len(text)]
-                begin = int(enough[-1] if len(enough) else places[0]) + size
-                return text[begin : begin + room]
+                start = int(enough[-1] if len(enough) else places[0]) + size
+                return text[start : start + room]
         return text[:0]
 
 
