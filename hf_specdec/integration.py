@@ -66,8 +66,11 @@ def decoding_loop(
         assistant_tokenizer (`PreTrainedTokenizerBase`, *optional*): see `tokenizer`.
         settings (`dict`, *optional*): fields of the config that differ from what `strategy` gives.
         num_assistant_tokens (`int`, *optional*): what `generate()` would be given, over all settings.
-        revision, token, cache_dir, local_files_only (*optional*): of a strategy that is a Hub repository, as for
+        revision (`str`, *optional*): of a strategy that is a Hub repository; this and the next three are those of
             `SpeculationConfig.from_pretrained`.
+        token (`str` or `bool`, *optional*): for a private repository.
+        cache_dir (`str` or `Path`, *optional*): of the Hub's files.
+        local_files_only (`bool`, *optional*, defaults to `False`): read the cache only.
 
     Raises:
         ValueError: for an unknown strategy, an assistant that it needs and did not get, or got and does not use, or

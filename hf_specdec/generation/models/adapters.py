@@ -52,9 +52,13 @@ class Adapter(AdapterReference):
         Raises:
             ValueError: if names or shapes differ.
         """
-        shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
-        if shapes != {name: tuple(value.shape) for name, value in parameters.items()}:
-            raise ValueError(f"The adapter in {self.place} does not hold {what}.")
+        held, needed = ({n: tuple(v.shape) for n, v in side.items()} for side in (self.tensors, parameters))
+        wrong = [name for name in sorted({*held, *needed}) if held.get(name) != needed.get(name)]
+        if wrong:
+            raise ValueError(
+                f"The adapter in {self.place} does not hold {what}: the shape of {wrong[0]!r} is {held.get(wrong[0])}, "
+                f"needed is {needed.get(wrong[0])} (None: no such tensor)."
+            )
         # buffers, if a layer has some, are as the model's
         like = {n: p if not p.is_meta else torch.empty(0, dtype=p.dtype) for n, p in parameters.items()}
         module.load_state_dict({n: v.to(like[n]) for n, v in self.tensors.items()}, strict=False, assign=True)
