@@ -56,8 +56,8 @@ class Adapter(AdapterReference):
         wrong = [name for name in sorted({*held, *needed}) if held.get(name) != needed.get(name)]
         if wrong:
             raise ValueError(
-                f"The adapter in {self.place} does not hold {what}: the shape of {wrong[0]!r} is {held.get(wrong[0])}, "
-                f"needed is {needed.get(wrong[0])} (None: no such tensor)."
+                f"The adapter in {self.place} does not hold {what}: {wrong[0]!r} has the shape {held.get(wrong[0])}, "
+                f"and needs {needed.get(wrong[0])} (None: no such tensor)."
             )
         # buffers, if a layer has some, are as the model's
         like = {n: p if not p.is_meta else torch.empty(0, dtype=p.dtype) for n, p in parameters.items()}
