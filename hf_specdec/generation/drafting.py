@@ -155,10 +155,11 @@ class AssistantDrafter(Drafter):
             state.stats.draft_forwards += 1
             output = reader.runner.forward(tokens, starts, ForwardRequest(hidden=self.hidden))
             logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
-            scores = state.process_next(logits, drafts)
-            choice, distribution = state.choose(scores)
-            drafts = torch.cat([drafts, choice[:, None]], dim=1)
+            choice, distribution, scores, counts = state.draft_next(logits, drafts, counts)
             starts = [start + tokens.shape[1] for start in starts]
+            if drafts.shape[1] >= max(counts):
+                break
+            drafts = torch.cat([drafts, choice[:, None]], dim=1)
             tokens = choice[:, None]
             if distribution is not None:
                 distributions.append(distribution)

@@ -127,7 +127,7 @@ def test_each_position_sees_the_prefix_of_plain_decoding(chain, place):
         logits[0, 0, 3], logits[0, 0, 4] = torch.nan, torch.inf
     before = logits.clone(), ids.clone(), drafts.clone()
     processors = LogitsProcessorList([make() for make in CHAINS[chain]])
-    found = ProcessorChain(processors)(logits, ids, rows, columns, drafts)
+    found = ProcessorChain(processors)(logits, ids, rows, columns, drafts, stops=False)
     assert found.shape == logits.shape and found.dtype == torch.float32
     for i, row in enumerate(rows):
         wanted = by_steps(processors, before[0][i], before[1], row, columns[i], before[2][i])
@@ -152,7 +152,9 @@ def test_the_chains_change_something():
 
 
 class Counter(LogitsProcessor):
-    """Counts its calls; adds, so that a second application shows."""
+    """Counts its calls; adds, so that a second application shows. What it counts does not change what it gives."""
+
+    stateless = True
 
     def __init__(self):
         self.shapes: list[tuple[int, int]] = []
@@ -183,16 +185,13 @@ def test_warpers_that_ignore_the_text_run_once(monkeypatch):
     assert calls == [(12, VOCAB)]
 
 
-def test_what_keeps_state_is_refused():
-    class SynthIDTextWatermarkLogitsProcessor(LogitsProcessor):
-        pass
-
+def test_what_keeps_a_cache_is_refused():
     class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         pass
 
-    for bad in (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-        with pytest.raises(ValueError, match=bad.__name__):
-            ProcessorChain(LogitsProcessorList([stock.TopKLogitsWarper(3), bad()]))
+    bad = UnbatchedClassifierFreeGuidanceLogitsProcessor
+    with pytest.raises(ValueError, match=bad.__name__):
+        ProcessorChain(LogitsProcessorList([stock.TopKLogitsWarper(3), bad()]))
 
 
 def test_low_precision_logits_are_processed_in_float32():
