@@ -25,7 +25,7 @@ class CallPath:
     def __init__(self, memories: Sequence[Memory], call: Callable[[torch.Tensor], Any]) -> None:
         self.memories, self.call = memories, call
         self.first: int | None = None
-        self.final = self._save()  # what was remembered when the text was last committed
+        self.final = self.certain = self._save()  # what was remembered when the text was last committed
         self.saved = [self.final]
         self.read: list[tuple[int, ...]] = []  # columns from `first` on that the last call has seen
 
@@ -68,8 +68,12 @@ class CallPath:
         surplus = max(0, column - back - self.first)
         del self.saved[:surplus], self.read[:surplus]
         self.first += surplus
-        self.final = self.saved[-1]
+        self.final = self.certain = self.saved[-1]
 
-    def restart(self) -> None:
-        """Go back to what was last committed, for good."""
-        self._restore(self.final)
+    def ascertain(self) -> None:
+        """Note that the last call was made on a text that is certain, though not committed yet."""
+        self.certain = self.saved[-1]
+
+    def restart(self, certain: bool = False) -> None:
+        """Go back to what was last committed, or to what is `certain`, for good."""
+        self._restore(self.certain if certain else self.final)

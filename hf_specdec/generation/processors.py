@@ -211,7 +211,7 @@ class ProcessorChain:
                 return self._in_order(scores, prefixes)
             return self._copied(processors, scores, prefixes, drafting, stops)
         except Opaque as error:
-            self._path.restart()
+            self._path.restart(certain=True)
             if not self.may_judge_in_order:
                 raise ValueError(
                     f"`logits_processor` {self.names} has begun to keep something that can't be copied ({error}), so "
@@ -306,7 +306,10 @@ class ProcessorChain:
             if stops:
                 _stop_at_bans(found, [(i, j) for i in range(len(found))], prefixes.drafts, limits)
             limits, j = [min(limits)] * len(limits), j + 1
-        self.reached = self.reached if drafting else start + j
+        if not drafting:
+            self.reached = start + j
+            if prefixes.m == 1:
+                self._path.ascertain()
         return result
 
     def _replay(self, text: torch.Tensor) -> None:
