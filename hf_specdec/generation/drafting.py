@@ -189,7 +189,8 @@ class AssistantDrafter(Drafter):
         distributions = torch.empty(logits.shape, device=logits.device)
         for count in set(draft.counts):
             rows = [row for row, drafted in enumerate(draft.counts) if drafted == count]
-            distributions[rows] = state.distribution(state.process_next(logits, draft.tokens[:, :count])[rows])
+            scores = state.process_next(logits, draft.tokens[:, :count], draft.counts)
+            distributions[rows] = state.distribution(scores[rows])
         return distributions, None if output.hidden is None else output.hidden[:, -1]
 
     def commit(self, state: DecodingState) -> None:

@@ -114,12 +114,16 @@ def _sequence_bias(processor: Any, scores: torch.Tensor, prefixes: Prefixes) -> 
 
 
 def _least_length(processor: Any, scores: torch.Tensor, prefixes: Prefixes) -> torch.Tensor | None:
-    """Do nothing to a text that is long enough."""
+    """Treat all texts that are too short alike, and the others not at all."""
     if type(processor) is stock.MinLengthLogitsProcessor:
         least = processor.min_length
     else:
         least = processor.prompt_length_to_skip + processor.min_new_tokens
-    return scores if min(prefixes.columns) >= least else None
+    short = [(i, j) for i, start in enumerate(prefixes.columns) for j in range(min(prefixes.m, least - start))]
+    if not short:
+        return scores
+    slots, places = torch.tensor(short, device=scores.device).T
+    return scores.index_put((slots, places), processor(prefixes.own[:1, : least - 1], scores[slots, places]))
 
 
 BLOCK_RULES: dict[type, Callable[[Any, torch.Tensor, Prefixes], torch.Tensor | None]] = {
