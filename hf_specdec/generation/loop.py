@@ -175,13 +175,13 @@ class DecodingLoop:
         elif several and custom:
             reason = "a stopping criterion may end a row behind which others have been processed already"
         elif chain.in_order and not chain.may_judge_in_order:
-            reason = "what it remembers can't be copied, and drafts can't be judged one by one here"
+            reason = "that can't be copied, nor can drafts be judged one by one here"
         else:
             return strategy
         if not strategy.whole_model:
-            raise ValueError(f"`logits_processor` {chain.names} may keep state between calls: {reason}.")
+            raise ValueError(f"{chain.names} may keep state between calls, and {reason}.")
         logger.warning_once(
-            f"`logits_processor` {chain.names} may keep state between calls, and {reason}. So the strategy "
+            f"{chain.names} may keep state between calls, and {reason}. So the strategy "
             f"{self.config.strategy!r} takes plain steps. A processor that keeps none can say so: `stateless = True`."
         )
         chain.in_order = chain.may_judge_in_order = True

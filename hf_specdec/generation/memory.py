@@ -16,8 +16,9 @@ import random
 import re
 import sys
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -35,6 +36,7 @@ _CONSTANTS = (
     *(types.CodeType, types.GenericAlias, types.MethodDescriptorType, types.ClassMethodDescriptorType),
     *(types.WrapperDescriptorType, types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType),
     *(operator.itemgetter, operator.attrgetter, operator.methodcaller, re.Pattern, logging.Logger, enum.Enum),
+    type(vars(namedtuple("Pair", "one"))["one"]),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
     *(nn.Module, PreTrainedTokenizerBase, PreTrainedConfig, GenerationConfig),
 )
@@ -72,24 +74,34 @@ def is_library(module: str | None) -> bool:
 # how to look at each kind of object, and put back what it held
 
 
+def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
+    """Return whether two collections have the very same members; what has not changed is not written."""
+    return all(one is other for one, other in zip_longest(some, others, fillvalue=_MISSING))
+
+
 def _put_list(thing: Any, content: Any) -> None:
-    thing[:] = content
+    if not _same(thing, content):
+        thing[:] = content
 
 
 def _put_dict(thing: Any, content: Any) -> None:
+    if _same(thing, content) and _same(thing.values(), content.values()):
+        return
     thing.clear()
     for key, value in content.items():
         thing[key] = value
 
 
 def _put_set(thing: Any, content: Any) -> None:
-    thing.clear()
-    thing.update(content)
+    if thing != content:
+        thing.clear()
+        thing.update(content)
 
 
 def _put_deque(thing: Any, content: Any) -> None:
-    thing.clear()
-    thing.extend(content)
+    if not _same(thing, content):
+        thing.clear()
+        thing.extend(content)
 
 
 def _put_tensor(thing: Any, content: Any) -> None:
@@ -189,17 +201,12 @@ def _look(thing: Any) -> Part:
 def _look_at_function(thing: types.FunctionType) -> Part:
     children = [*(thing.__closure__ or ()), *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
     children += thing.__dict__.values()
-    bindings = {}
+    bindings: dict[str, Any] = {}
     if not is_library(thing.__globals__.get("__name__")):
-        known, names = thing.__globals__, list(names_in(thing.__code__))
-        for code in codes_in(thing.__code__):
-            for step in dis.get_instructions(code):
-                if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-                    bindings[step.argval] = known.get(step.argval, _MISSING)
-                elif step.opname == "IMPORT_NAME" and not is_library(step.argval):
-                    children += _look_into(sys.modules.get(step.argval), names)
-        for name in names:
-            children += _look_into(known[name], names) if name in known else ()
+        known, (names, stored, imported) = thing.__globals__, _names_of(thing.__code__)
+        bindings = {name: known.get(name, _MISSING) for name in stored}
+        values = [known[name] for name in names if name in known] + [sys.modules.get(name) for name in imported]
+        children += [part for value in values for part in _look_into(value, names)]
     return Part(thing, _put_function, (bindings, dict(thing.__dict__)), children)
 
 
@@ -255,9 +262,17 @@ def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from codes_in(inner)
 
 
-def names_in(code: types.CodeType) -> set[str]:
-    """Return the names of globals and attributes that `code` uses."""
-    return {name for part in codes_in(code) for name in part.co_names}
+@functools.lru_cache(maxsize=1024)
+def _names_of(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """Return the names of globals and attributes that `code` uses, and the globals among them that it stores.
+
+    The third part are modules that it imports, libraries left out.
+    """
+    names = dict.fromkeys(name for part in codes_in(code) for name in part.co_names)
+    steps = [step for part in codes_in(code) for step in dis.get_instructions(part)]
+    stored = [step.argval for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL")]
+    imported = [step.argval for step in steps if step.opname == "IMPORT_NAME" and not is_library(step.argval)]
+    return tuple(names), tuple(stored), tuple(imported)
 
 
 def _is_constant(thing: Any) -> bool:
@@ -283,9 +298,11 @@ def reachable(roots: Iterable[Any]) -> Iterator[Part]:
         Opaque: at something that can't be copied, and where there is too much.
     """
     seen: dict[int, Any] = {}
-    waiting, size = list(roots), 0
-    while waiting:
-        thing = waiting.pop()
+    waiting, size = deque(roots), 0
+    code: deque[Any] = deque()
+    while waiting or code:
+        # the nearest data first, where what can't be copied mostly is
+        thing = waiting.popleft() if waiting else code.popleft()
         if id(thing) in seen or _is_constant(thing):
             continue
         seen[id(thing)] = thing
@@ -293,7 +310,8 @@ def reachable(roots: Iterable[Any]) -> Iterator[Part]:
         size += _size(part)
         if len(seen) > _MOST_OBJECTS or size > _MOST_BYTES:
             raise Opaque(f"more than {_MOST_OBJECTS} objects or {_MOST_BYTES} bytes")
-        waiting += part.children
+        for child in part.children:
+            (code if isinstance(child, (type, types.FunctionType)) else waiting).append(child)
         yield part
 
 

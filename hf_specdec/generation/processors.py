@@ -108,8 +108,12 @@ class ProcessorChain:
     @property
     def names(self) -> str:
         """The names of the processors that may remember something, for messages."""
-        wrapped = (getattr(processor, "_prefix_allowed_tokens_fn", processor) for processor in self.remembering)
-        return ", ".join(getattr(part, "__name__", type(part).__name__) for part in wrapped)
+        return ", ".join(
+            "`prefix_allowed_tokens_fn`"
+            if _compat.allowed_tokens_function(part)
+            else f"`logits_processor` {getattr(part, '__name__', type(part).__name__)}"
+            for part in self.remembering
+        )
 
     @property
     def reads_text(self) -> bool:
@@ -214,7 +218,7 @@ class ProcessorChain:
             self._path.restart(certain=True)
             if not self.may_judge_in_order:
                 raise ValueError(
-                    f"`logits_processor` {self.names} has begun to keep something that can't be copied ({error}), so "
+                    f"{self.names} has begun to keep something that can't be copied ({error}), so "
                     'it can\'t be used here; decode with `assistant_strategy="off"`, or see `stateless` and '
                     "`rollback` in the documentation."
                 ) from error

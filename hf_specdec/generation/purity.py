@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers.generation import logits_process as stock
 
+from .. import _compat
 from .memory import CONTAINERS, Opaque, codes_in, is_library, reachable
 
 
@@ -37,8 +38,9 @@ def may_remember(processor: Any) -> bool:
     Those of Transformers are known. Of others every object that they can reach is looked at, and the code of every
     function; what can't be told counts as memory. An attribute `stateless` that is `True` is believed.
     """
-    if isinstance(processor, stock.PrefixConstrainedLogitsProcessor):
-        if getattr(processor._prefix_allowed_tokens_fn, "stateless", False) is True:
+    allowed = _compat.allowed_tokens_function(processor)
+    if allowed is not None:
+        if getattr(allowed, "stateless", False) is True:
             return False
     elif type(processor).__module__ == stock.__name__:
         return type(processor).__name__ in _STOCK_WITH_STATE
