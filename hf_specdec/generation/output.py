@@ -87,7 +87,7 @@ class Emitter:
             ends.append(next((place + 1 for place, token in enumerate(new) if token in self.eos), len(new)))
         width = min(ends)
         seen = state.processors.reached - state.text.columns[state.active[0]]
-        width = min(width, seen) if seen > 0 else width  # a lossy rule can keep what was not processed
+        width = min(width, seen)  # a lossy rule can keep what was not processed
         result.counts = [width] * len(ends)
         result.accepted = [min(width, count) for count in result.accepted]
 

@@ -12,6 +12,7 @@ them, and each column is judged before they see the next one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -73,7 +74,7 @@ class ProcessorChain:
         remembering (`list`): those that may remember something between calls.
         in_order (`bool`): whether they can only be called on what is emitted, once per column.
         may_judge_in_order (`bool`): whether whoever decodes could go on like that.
-        reached (`int`): columns of text whose tokens follow processed scores.
+        reached (`int`): columns of text up to which all scores of this round are processed.
         width (`int`): words that have a score, once some have been processed.
 
     Raises:
@@ -92,7 +93,8 @@ class ProcessorChain:
         self._banning = [processor for processor in self.processors if type(processor) not in _BANS_NO_TEXT]
         self.remembering = [processor for processor in self.processors if may_remember(processor)]
         self.in_order, self.may_judge_in_order = False, True
-        self.reached = self._asked = self.width = 0
+        self._asked = self.width = 0
+        self.reached = sys.maxsize
         self._path: CallPath
         undone = [processor for processor in self.remembering if has_rollback(processor)]
         copied = [processor for processor in self.remembering if not has_rollback(processor)]
@@ -182,6 +184,7 @@ class ProcessorChain:
 
     def commit(self, column: int, text: torch.Tensor, back: int = 0) -> None:
         """Take note that `text` `[b, >= column]` is final up to `column`, of which the last `back` are read again."""
+        self.reached = sys.maxsize
         if self.remembering and not self.in_order:
             self._path.commit(column, text, back)
 
@@ -311,7 +314,7 @@ class ProcessorChain:
                 _stop_at_bans(found, [(i, j) for i in range(len(found))], prefixes.drafts, limits)
             limits, j = [min(limits)] * len(limits), j + 1
         if not drafting:
-            self.reached = start + j
+            self.reached = min(self.reached, start + j)
             if prefixes.m == 1:
                 self._path.ascertain()
         return result

@@ -8,13 +8,14 @@ from collections import deque
 
 import pytest
 import torch
-from families import build, family, generate, perturbed
+from families import build, configured, family, generate, perturbed
 from prefixes import AgainstLastPair
 from scipy import stats
 from tiers import FULL
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.logits_process import SynthIDTextWatermarkLogitsProcessor
 
+from hf_specdec import DiversedConfig
 from hf_specdec.generation import loop
 from hf_specdec.registry import presets
 
@@ -224,6 +225,38 @@ def test_drafts_are_accepted(strategy, kind):
         assert out.speculation is None
     else:
         assert out.speculation.num_accepted_tokens > 0
+
+
+LOSSY = {
+    "diversed": DiversedConfig(weight=0.3),
+    "mixture": DiversedConfig(weight=0.3, bonus="mixture"),
+    "tiers": configured("via_sd:paper").override(tau_accept=0.3, tau_escalate=0.05, bonus_min_conf=0.01),
+    "audited": configured("via_sd:safe").override(
+        tau_accept=0.3, tau_escalate=0.05, audit="tighten", drafter="prompt_lookup"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_lossy_texts_keep_to_the_processors(name, sample, rows):
+    """What is remembered is what was emitted, and every token follows it."""
+    model, config = family("llama"), LOSSY[name]
+    thinking, counting = Thinking(), Remembering()
+    assistant = {} if config.brings_drafter else {"assistant_model": model.assistant}
+    out = model.model.generate(
+        **model.inputs(rows), max_new_tokens=NEW, do_sample=sample, assistant_strategy=config, **assistant,
+        logits_processor=[counting, thinking],
+    )  # fmt: skip
+    width = model.ids.shape[1]
+    assert counting.seen == out[:, width - 1 : -1].sum(dim=0).tolist()
+    for text in out[:, width - 1 :].tolist():
+        wanted = []
+        for token, following in itertools.pairwise(text):
+            wanted = wanted or ([41, 43, None, None] if token < 20 else [])
+            must, wanted = (wanted[0], wanted[1:]) if wanted else (following, [])
+            assert following == must if must is not None else following >= 20
 
 
 def test_plain_steps_are_said(monkeypatch):

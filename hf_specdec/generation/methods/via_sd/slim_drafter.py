@@ -145,7 +145,7 @@ class SlimDrafter(Drafter):
             self.reader.known = [start + tokens.shape[1] for start in starts]
         logits = output.logits[:, -drafts.shape[1] - 1 :].to(state.device)
         decides = self.config.tiered  # so that nothing may stand in for what the processors exclude
-        scores = state.process(logits, drafts, counts=counts, drafting=not decides)
+        scores = state.process(logits, drafts, counts=counts, drafting=not decides, stops=not decides)
         known = scores if decides else state.usable(logits, scores)[0]
         distribution = state.distribution(known) if state.do_sample else None
         return SlimPass(logits, scores, distribution, *laws.slim_ratio(logits))
