@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import deque
 
 import pytest
 import torch
-from families import build, configured, family, generate, perturbed
-from prefixes import AgainstLastPair
-from scipy import stats
-from tiers import FULL
+from families import configured, family, perturbed
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.logits_process import SynthIDTextWatermarkLogitsProcessor
 
 from hf_specdec import DiversedConfig
 from hf_specdec.generation import loop
+from hf_specdec.generation.call_path import CallPath
+from hf_specdec.generation.memory import Copied, Undone
 from hf_specdec.registry import presets
 
 
@@ -193,6 +191,23 @@ def test_ends_of_rows(strategy, kind):
             same(called(KINDS[kind], rows, eos, strategy), called(KINDS[kind], rows, eos), eos)
 
 
+@pytest.mark.parametrize("kind", ["Remembering", "Iterating", "RollingBack"])
+def test_an_end_inside_a_round_whose_drafts_are_all_right(kind):
+    model = family("llama")
+    right = {"assistant_model": perturbed(model.model, noise=0.0), "assistant_strategy": "assisted"}
+
+    def run(eos, **kwargs):
+        made = KINDS[kind]()
+        options = {**model.batch, "max_new_tokens": NEW, "eos_token_id": eos, "logits_processor": [made]}
+        return model.stock(**options, **kwargs), made.state
+
+    text = run(None)[0][:, model.ids.shape[1] :]
+    for eos in text[1, 2:9].unique().tolist():
+        (found, state), (wanted, then) = run(eos, **right), run(eos)
+        assert torch.equal(found, wanted)
+        assert state == then
+
+
 class Stop(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         return torch.tensor([int(row[-3:].sum()) % 5 == 0 for row in input_ids])
@@ -257,6 +272,31 @@ def test_lossy_texts_keep_to_the_processors(name, sample, rows):
             wanted = wanted or ([41, 43, None, None] if token < 20 else [])
             must, wanted = (wanted[0], wanted[1:]) if wanted else (following, [])
             assert following == must if must is not None else following >= 20
+
+
+@pytest.mark.parametrize("kind", ["Remembering", "RollingBack"])
+@pytest.mark.parametrize("place", range(3, 8))
+def test_a_call_stands_while_it_was_made_on_the_same_text(kind, place):
+    made = KINDS[kind]()
+    memory = Undone(made) if kind == "RollingBack" else Copied([made])
+    path = CallPath([memory], lambda text: made(text, torch.zeros(1, 9)))
+    text = torch.arange(10)[None]
+    other = text.clone()
+    other[0, place] = 77
+    for now in (text, other):
+        for end in range(3, 9):
+            path.go(end, now)
+            assert made.seen == now[0, 2 : end - 1].tolist()
+            made(now[:, :end], torch.zeros(1, 9))
+            path.record(now[:, :end])
+    path.go(9, text)
+    assert made.seen == text[0, 2:8].tolist()
+    path.commit(6, text, 0)
+    with pytest.raises(RuntimeError, match="can go back to 6"):
+        path.go(5, text)
+    path.go(8, other)
+    path.restart()
+    assert made.seen == text[0, 2:5].tolist()
 
 
 def test_plain_steps_are_said(monkeypatch):
@@ -328,71 +368,3 @@ class Collect:
 
     def end(self):
         pass
-
-
-# sampling
-
-
-class LastPair(LogitsProcessor):
-    """Depends on the last two tokens and the length, like `AgainstLastPair`, but only knows what it has been shown."""
-
-    def __init__(self, opaque):
-        self.pair, self.length, self.hidden = None, 0, iter(()) if opaque else None
-
-    def __call__(self, input_ids, scores):
-        self.pair = input_ids[:, -2:] if self.pair is None else torch.stack([self.pair[:, 1], input_ids[:, -1]], dim=1)
-        self.length = self.length + 1 if self.length else input_ids.shape[1]
-        index = (self.pair[:, 1] + 2 * self.pair[:, 0] + self.length) % scores.shape[1]
-        return scores.scatter_add(1, index[:, None], torch.full_like(scores[:, :1], 1.5))
-
-
-VOCAB, LENGTH, SAMPLES = 5, 3, 1200
-PROMPT = torch.tensor([[3, 1, 4, 1, 2, 0, 3, 3, 4, 2, 1, 0]])
-
-
-@functools.cache
-def small():
-    """Return a target, a poor assistant and the exact probabilities of every continuation, in lexical order."""
-    changes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.25}
-    target = build("Llama", seed=VOCAB, **changes)
-    target.generation_config.pad_token_id = None
-    probabilities, text = torch.ones(1, dtype=torch.float64), PROMPT
-    with torch.no_grad():
-        for _ in range(LENGTH):
-            step = torch.softmax(AgainstLastPair()(text, target(text).logits[:, -1]), dim=-1)
-            probabilities = (probabilities[:, None] * step).flatten()
-            text = torch.cat([text.repeat_interleave(VOCAB, 0), torch.arange(VOCAB).repeat(len(text))[:, None]], dim=1)
-    return target, perturbed(target, noise=0.7), probabilities
-
-
-SAMPLED = [
-    ("assisted", False, 3),
-    ("assisted", True, 3),
-    pytest.param("assisted", True, 1, marks=FULL),
-    pytest.param("assisted", False, 1, marks=FULL),
-    pytest.param("prompt_lookup", True, 2, marks=FULL),
-    pytest.param("via_sd:prefilter", True, 3, marks=FULL),
-    pytest.param("via_sd:prefilter", False, 3, marks=FULL),
-    pytest.param("vegas", True, 2, marks=FULL),
-]
-
-
-@pytest.mark.parametrize("strategy, opaque, rows", SAMPLED)
-def test_sampled_sequences_follow_the_distribution(strategy, opaque, rows):
-    """In lock-step, judged at once or column by column, each row still follows the model's own distribution."""
-    target, assistant, probabilities = small()
-    torch.manual_seed(5)
-    places, found, accepted = VOCAB ** torch.arange(LENGTH - 1, -1, -1), [], 0
-    for _ in range(SAMPLES // rows):
-        out = generate(
-            target, strategy, PROMPT.expand(rows, -1), assistant=assistant, tokens=2, do_sample=True, top_k=0,
-            max_new_tokens=LENGTH, logits_processor=[LastPair(opaque)], return_dict_in_generate=True,
-        )  # fmt: skip
-        found.append((out.sequences[:, PROMPT.shape[1] :] * places).sum(dim=1))
-        accepted += 0 if out.speculation is None else out.speculation.num_accepted_tokens
-    assert accepted > 0
-    counts, expected = torch.bincount(torch.cat(found), minlength=VOCAB**LENGTH).double(), probabilities * SAMPLES
-    rare = expected < 6
-    cells = [torch.cat([part[~rare], part[rare].sum()[None]]) for part in (counts, expected)]
-    assert len(cells[0]) > 20
-    assert stats.chisquare(*cells, sum_check=False).pvalue > 1e-3

@@ -41,7 +41,11 @@ _SPECBOUND = (
     "methods/specbound/test_specbound_stops.py",
 )
 
-_MEMORY = ("generation/test_purity.py", "generation/test_processor_memory.py")
+_MEMORY = (
+    "generation/test_purity.py",
+    "generation/test_processor_memory.py",
+    "generation/test_processor_distribution.py",
+)
 
 MUTANTS = [
     # the loop
