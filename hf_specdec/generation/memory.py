@@ -38,7 +38,7 @@ _CONSTANTS = (
     *(operator.itemgetter, operator.attrgetter, operator.methodcaller, re.Pattern, logging.Logger, enum.Enum),
     type(vars(namedtuple("Pair", "one"))["one"]),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
-    *(nn.Module, PreTrainedTokenizerBase, PreTrainedConfig, GenerationConfig),
+    *(PreTrainedTokenizerBase, PreTrainedConfig, GenerationConfig),
 )
 CONTAINERS = (list, dict, set, deque, bytearray, torch.Tensor, np.ndarray)
 """What can be changed without a new value for any attribute or name."""
@@ -282,6 +282,8 @@ def _is_constant(thing: Any) -> bool:
         return is_library(thing.__name__)
     if isinstance(thing, type):
         return is_library(thing.__module__)
+    if isinstance(thing, nn.Module):
+        return is_library(type(thing).__module__)  # one of the caller's may keep anything
     return type(thing).__module__.partition(".")[0] == "tokenizers"
 
 

@@ -123,6 +123,16 @@ class Watermark(stock.SynthIDTextWatermarkLogitsProcessor):
     pass
 
 
+class Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def forward(self, ids, scores):
+        self.count += 1
+        return scores
+
+
 PURE = {
     "a known one": stock.RepetitionPenaltyLogitsProcessor(1.2),
     "text only": AgainstLastPair(),
@@ -133,6 +143,7 @@ PURE = {
     "a warper's child": type("Child", (stock.TemperatureLogitsWarper,), {"__call__": in_place})(0.7),
     "a function": lambda ids, scores: scores + len(ids),
     "a grammar": stock.PrefixConstrainedLogitsProcessor(lambda row, ids: [1, 2], 1),
+    "a library's module": of(reads, table=(1,), inner=torch.nn.Linear(2, 2)),
     "declared": of(counts, count=0, stateless=True),
 }
 REMEMBERING = {
@@ -152,6 +163,8 @@ REMEMBERING = {
     "a rollback": of(reads, table=(1,), rollback=len),
     "a watermark": Watermark(3, [1, 2], 16, 8, 0, "cpu"),
     "a grammar with a count": stock.PrefixConstrainedLogitsProcessor(counter(), 1),
+    "a module": Counting(),
+    "a module inside": of(reads, table=(1,), inner=Counting()),
     "a part": functools.partial(lambda box, ids, scores: box.append(1), []),
 }
 
@@ -258,6 +271,15 @@ def test_what_can_not_be_copied(hidden):
     with pytest.raises(Opaque):
         Copied([of(counts, count=0, hidden=HIDDEN[hidden])]).save()
     Copied([of(counts, count=0, hidden=[])]).save()
+
+
+def test_a_module_of_the_callers_is_put_back():
+    module = Counting()
+    memory = Copied([of(reads, inner=module)])
+    saved = memory.save()
+    module(None, None)
+    memory.restore(saved)
+    assert module.count == 0
 
 
 def test_rollback_is_asked_for_the_calls_since():
