@@ -35,6 +35,17 @@ def attention_can_be_replaced(model: PreTrainedModel) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where `model` takes its tokens, also where Accelerate keeps the weights elsewhere between forwards."""
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type != "meta":
+        return device
+    hook = getattr(embedding, "_hf_hook", None)  # private in all releases of Accelerate that are supported
+    hooks = getattr(hook, "hooks", [hook])
+    return torch.device(next(each.execution_device for each in hooks if hasattr(each, "execution_device")))
+
+
 def is_tensor_parallel(model: PreTrainedModel) -> bool:
     """Whether `model` was loaded with a `tp_plan`, so that this process holds a share of each layer."""
     return bool(getattr(model, "_tp_size", None))  # private in 5.17 to 5.23; the public `tp_size` is a copy of it

@@ -161,7 +161,7 @@ class SpeculativeCache(Cache):
         step.layers_seen += 1
         if step.view is not None and step.view.covers(layer_idx):
             return step.view.append(layer_idx, key_states, value_states)
-        keys, values = self.layers[layer_idx].update(key_states, value_states, step.address)
+        keys, values = step.storage = self.layers[layer_idx].update(key_states, value_states, step.address)
         if self.exact_slices:
             return keys[:, :, : step.address.high], values[:, :, : step.address.high]
         return keys, values

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.address import upload
-from ..kernels.dispatch import speculative_attention
 from ..kernels.request import ForwardRequest
 from ..registry import preset, strategy_class
 from . import admission, programs
@@ -139,7 +138,6 @@ class AssistantDrafter(Drafter):
         runner = programs.make_runner(self.settings.compile, self.model, cache, state.longest, widths=[1, 2])
         self.reader = Reader.read_prompts(state, runner)
         state.followers.append(self.reader)
-        state.contexts.enter_context(speculative_attention(self.model))
         state.contexts.callback(runner.close)
         runner.warm_up(state.pending, self.reader.known, ForwardRequest(hidden=self.hidden))
 

@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from .. import _compat
 from ..configuration import SpeculationConfig
-from ..kernels.dispatch import speculative_attention
 from ..registry import strategy_class
 from . import admission, programs
 from .output import Emitter
@@ -100,9 +99,8 @@ class DecodingLoop:
             finished = [self._decode(strategy, state, emitter, rows) for rows in groups if strategy.controls]
         end = max(state.text.columns)
         if keep_cache or emitter.collected:
-            with speculative_attention(model):
-                for target, order in finished:
-                    self._complete(strategy, state, emitter, target, order, end)
+            for target, order in finished:
+                self._complete(strategy, state, emitter, target, order, end)
         if emitter.streamer is not None:
             emitter.streamer.end()
         if strategy.controls:

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..kernels.dispatch import speculative_attention
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from .processors import ProcessorChain
 from .prompt import Prompt
@@ -200,7 +199,6 @@ class DecodingState:
         level = len(set(cached)) == 1
         if level and max(ends) > cached[0]:
             self.target.prefill(tokens[:, : max(ends)], cached[0], chunk)
-        self.contexts.enter_context(speculative_attention(self.model))
         if not level:
             self.target.extend(tokens, cached, ends, chunk or _EXTEND_CHUNK)
         cache.set_lengths(ends)

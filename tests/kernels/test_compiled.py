@@ -26,7 +26,7 @@ from hf_specdec.generation.methods.plain import PlainConfig
 from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import Forward, ModelRunner
 from hf_specdec.kernels import choice
-from hf_specdec.kernels.dispatch import register, speculative_attention
+from hf_specdec.kernels.dispatch import register
 from hf_specdec.kernels.request import ForwardRequest
 
 
@@ -162,7 +162,7 @@ def test_storage_that_has_grown_is_captured_again(recorded, llama):
     runner = programs.GraphRunner(model, cache, 64, widths=[1])
     plain = ModelRunner(model, SpeculativeCache([None, None], 1, 24), 64)
     tokens = llama.ids[:1]
-    with speculative_attention(model), torch.no_grad():
+    with torch.no_grad():
         for place in range(tokens.shape[1]):
             if place == 10:
                 for layer in cache.layers:
@@ -173,7 +173,7 @@ def test_storage_that_has_grown_is_captured_again(recorded, llama):
 
 
 def test_a_forward_of_another_shape_runs_uncaptured(recorded, llama):
-    with speculative_attention(llama.model), torch.no_grad():
+    with torch.no_grad():
         runners = [
             programs.GraphRunner(llama.model, SpeculativeCache([None, None], 1, 40), 40, widths=[1, 2]),
             ModelRunner(llama.model, SpeculativeCache([None, None], 1, 40), 40),

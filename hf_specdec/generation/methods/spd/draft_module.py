@@ -70,7 +70,6 @@ class PipelineDraftModule(nn.Module):
         self.width, width = head.weight.shape
         self.depths, self.templates, self.span, self.record = depths, list(templates), span, record or {}
         self.family = family
-        self.config = model.config  # like a model, so that its attention can be switched like a model's
         self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
         self.feature_proj = nn.ModuleList(_fusing(kind, width) for kind in range(len(depths.features)))
         if family is None:
@@ -112,7 +111,7 @@ class PipelineDraftModule(nn.Module):
         return self.reduced is None or bool(torch.isin(token.to(self.reduced.ids.device), self.reduced.ids))
 
     def reader(self, model: PreTrainedModel, capacity: int) -> DraftReader:
-        """Return what follows one text, of at most `capacity` tokens; our attention must be active in `model`."""
+        """Return what follows one text, of at most `capacity` tokens; the module and `model` must be twins."""
         return DraftReader(self, Layerwise(model), capacity)
 
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:

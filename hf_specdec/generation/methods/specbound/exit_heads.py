@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
 from ....kernels.address import Address
+from ....kernels.twin import Proxy
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
-from ...models.layerwise import LayerCall, Layerwise, Proxy, Recording, Staircase, run_layer
+from ...models.layerwise import LayerCall, Layerwise, Recording, Staircase, run_layer
 from ...models.surgery import place_layer
 from ...models.vocabulary import ReducedHead
 
@@ -66,7 +67,6 @@ class ExitHeads(nn.Module):
         self.width, width = weight.shape
         if rank is not None and (kind != "adapter" or not 1 <= rank <= width):
             raise ValueError(f"`rank` is for the kind 'adapter' and from 1 to {width}, got {rank} for {kind!r}.")
-        self.config = model.config  # like a model, so that the attention of blocks can be switched like a model's
         self.layers, self.kind, self.rank, self.record = list(layers), kind, rank, record or {}
         self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
         self.own = nn.ModuleDict()

@@ -94,7 +94,7 @@ class SlimDrafter(Drafter):
             )
 
     def _runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
-        """Return what runs the slim model, which uses the attention that the model uses now, over `cache`."""
+        """Return what runs the slim model over `cache`."""
         model = slim_model(state.model, self.units, self.found.keep, self.found.terms)
         return ModelRunner(model, cache, state.longest, self.units.attentions(self.found.keep))
 
@@ -123,11 +123,9 @@ class SlimDrafter(Drafter):
         return self.inner.prefill_request(state)
 
     def prefill(self, state: DecodingState) -> None:
-        """Let the drafter read the prompts, and build the slim model again, now that the package's attention is on."""
+        """Let the drafter read the prompts, and build the slim model where it has not read them."""
         self.inner.prefill(state)
-        self.runner = self._runner(state, (state.target if self.reader is None else self.reader.runner).cache)
-        if self.reader is not None:
-            self.reader.runner = self.runner
+        self.runner = self._runner(state, state.target.cache) if self.reader is None else self.reader.runner
 
     def read(self, state: DecodingState, drafts: torch.Tensor) -> SlimPass:
         """Run the slim model over each of the drafts `[n, k]`; m is k + 1, the last entry is about what follows."""

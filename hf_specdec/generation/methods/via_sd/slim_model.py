@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ....kernels.twin import Proxy, exchanged
 from ... import admission
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_tensors, write_record
-from ...models.layerwise import Proxy, exchanged
 from ...models.surgery import decoder_layers
 from .config import GRANULARITIES, ViaSDConfig
 
@@ -173,8 +173,7 @@ def slim_model(
 ) -> PreTrainedModel:
     """Return the model without the units that `keep` leaves out. It shares all weights; the model is not changed.
 
-    The copy belongs to the attention implementation that is set when it is made. `terms` are an adapter, for linear
-    modules of units that stay.
+    `terms` are an adapter, for linear modules of units that stay.
     """
     changes: dict[int, nn.Module] = {}
     for name, (down, up, scale) in (terms or {}).items():
@@ -190,7 +189,7 @@ def slim_model(
         changes[id(units.layers)] = nn.ModuleList(
             layer if kept else Proxy(layer, _pass) for layer, kept in zip(layers, keep, strict=True)
         )
-    return cast(PreTrainedModel, exchanged(model, changes))
+    return exchanged(model, changes)
 
 
 def _pass(_: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
