@@ -6,6 +6,7 @@ Each entry says which releases need it, so that it can be dropped when the suppo
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,23 @@ def input_device(model: PreTrainedModel) -> torch.device:
     hook = getattr(embedding, "_hf_hook", None)  # private in all releases of Accelerate that are supported
     hooks = getattr(hook, "hooks", [hook])
     return torch.device(next(each.execution_device for each in hooks if hasattr(each, "execution_device")))
+
+
+def adapters_of_rows(module: torch.nn.Module) -> list[str] | None:
+    """Return the adapter of each row in a mixed batch of PEFT (`adapter_names=`), if the model's call has one."""
+    for hook in module._forward_pre_hooks.values():  # private in PEFT 0.13 to 0.21; the names reach us no other way
+        if isinstance(hook, functools.partial) and hook.keywords.get("adapter_names") is not None:
+            return list(hook.keywords["adapter_names"])
+    return None
+
+
+def hooks_for_rows(module: torch.nn.Module, names: list[str]) -> OrderedDict[int, Any]:
+    """Return the hooks of `module` with other adapters of the rows, read at each forward."""
+    hooks = OrderedDict(module._forward_pre_hooks)
+    for key, hook in hooks.items():
+        if isinstance(hook, functools.partial):
+            hooks[key] = functools.partial(hook.func, adapter_names=names)
+    return hooks
 
 
 def is_tensor_parallel(model: PreTrainedModel) -> bool:

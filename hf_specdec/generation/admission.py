@@ -76,6 +76,12 @@ def admit(model: PreTrainedModel, generation_config: GenerationConfig, synced_gp
     check_config(generation_config)
     if synced_gpus:
         raise ValueError("`synced_gpus=True` (ZeRO-3 or FSDP generation) is not supported under `assistant_strategy`.")
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized.dynamic") for module in model.modules()):
+        raise ValueError(
+            f"`model` {type(model).__name__} is not supported under `assistant_strategy`: torch.ao has quantised it "
+            "dynamically, by one scale for all tokens of a forward, so its logits depend on what else is fed. "
+            "Quantise the weights only (torchao's Int8WeightOnlyConfig, for instance)."
+        )
     # PEFT binds its own input preparation to the base model for the time of the call
     owner = getattr(model.prepare_inputs_for_generation, "__self__", model)
     adapter: Any = getattr(owner, "active_peft_config", None)
@@ -85,6 +91,23 @@ def admit(model: PreTrainedModel, generation_config: GenerationConfig, synced_gp
             "`assistant_strategy` does not support; LoRA-like adapters are supported."
         )
     return windows
+
+
+def row_adapters(model: PreTrainedModel, batch: int, compile: str | None) -> list[str] | None:
+    """Return PEFT's `adapter_names` of the call, if it has them; raise `ValueError` if they are not one per row."""
+    found = (_compat.adapters_of_rows(module) for module in model.modules() if module._forward_pre_hooks)
+    names = next((names for names in found if names is not None), None)
+    if names is not None and compile is not None:
+        raise ValueError(
+            f"`adapter_names` can't be used with `compile={compile!r}`, whose forwards always run the same rows; "
+            "allowed: None."
+        )
+    if names is not None and len(names) != batch:
+        raise ValueError(
+            f"`adapter_names` has {len(names)} names for {batch} rows (after `num_return_sequences`); "
+            "`assistant_strategy` needs one per row."
+        )
+    return names
 
 
 def check_arguments(model_kwargs: dict[str, Any]) -> None:

@@ -145,7 +145,8 @@ class DecodingLoop:
         )
         rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
         stats = SpeculationStats(strategy=self.config.strategy, accept_lengths=rows, timed=timings_wanted())
-        state = DecodingState(model, prompt, generation_config, ProcessorChain(processors), windows, stats)
+        adapters = admission.row_adapters(model, input_ids.shape[0], self.config.compile)
+        state = DecodingState(model, prompt, generation_config, ProcessorChain(processors), windows, stats, adapters)
         if not strategy.whole_model:
             admission.check_partial(model_kwargs.get("past_key_values"), generation_config, state.batch)
         if not strategy.lossless:
@@ -226,6 +227,7 @@ class DecodingLoop:
             return
         tokens = torch.nn.functional.pad(state.text.tokens[order], (0, width), value=state.pad_token)
         positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(width, device=tokens.device)
+        state.feed(order)
         output = target.forward(tokens.gather(1, positions), starts)
         for slot, (row, column, pads, fed) in enumerate(zip(order, columns, missing, lacking, strict=True)):
             if not pads:

@@ -127,7 +127,7 @@ def attend_layer(
     output, metric = attention(query, key, value, step.address, rules)
     if score is not None and metric is not None:
         keys, values = step.storage
-        if metric.dim() == 3 and metric.shape[1] != keys.shape[1]:  # some families repeat what the cache holds (JetMoE)
+        if metric.dim() == 3 and metric.shape[1] != keys.shape[1]:  # JetMoE repeats the heads that the cache holds
             metric = metric.unflatten(1, (-1, keys.shape[1])).mean(dim=1)
         score.take(layer_idx, metric, step.address, keys, values)
     return output

@@ -63,6 +63,16 @@ def without_checkpointing(model: _Module) -> _Module:
     return edited(model, edit)
 
 
+def with_adapters(model: _Module, names: list[str]) -> _Module:
+    """Return a copy of a PEFT model whose rows take the adapters `names`, a list that may change between forwards."""
+
+    def edit(part: nn.Module) -> dict[str, Any]:
+        mixed = _compat.adapters_of_rows(part) is not None
+        return {"_forward_pre_hooks": _compat.hooks_for_rows(part, names)} if mixed else {}
+
+    return edited(model, edit)
+
+
 def exchanged(module: _Module, changes: dict[int, nn.Module], hooks: bool = False) -> _Module:
     """Return a copy of `module` with some submodules exchanged; all else is shared, and nothing is changed.
 

@@ -9,7 +9,7 @@ state. Recordings of single tokens are joined to those of longer blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakSet
@@ -93,15 +93,24 @@ class Layerwise:
         self._noted: list[Any] = []
         recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.norm = self._probe(base, recorders)
         self._token_dims: list[Any] = []
+        if "forward" in vars(original_of(model)):
+            self._autocast = self._autocast_inside()
 
     def record(self, **inputs: Any) -> Recording:
         """Return what the base model's forward over `inputs` (its own keywords) would pass to each layer."""
         self._noted.clear()
-        self._recorder(**inputs, return_dict=True)
+        with self._autocast():
+            self._recorder(**inputs, return_dict=True)
         noted = list(self._noted)
         return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
+
+    def run(self, layer: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return the output `[n, m, H]` of the layer of that index."""
+        with self._autocast():
+            return run_layer(self.layers[layer], hidden, call)
 
     def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
         """Return a layer's arguments for the consecutive tokens of several recordings, on `cache` at `step`."""
@@ -161,6 +170,17 @@ class Layerwise:
     def _note(self, _: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._noted.append((hidden_states, args, kwargs))
         return hidden_states
+
+    def _autocast_inside(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Return the autocast that a forward that was wrapped on the model runs in (Accelerate's mixed precision)."""
+        passes = _Passes()
+        model = cast(Callable[..., Any], exchanged(self.model, {id(self.model.base_model): passes}))
+        device = _compat.input_device(self.model)
+        width = self.model.config.get_text_config(decoder=True).hidden_size
+        with torch.no_grad():
+            model(inputs_embeds=torch.zeros(1, 1, width, device=device), use_cache=False, return_dict=True)
+        enabled, dtype = passes.autocast
+        return partial(torch.autocast, device.type, dtype, enabled) if enabled else nullcontext
 
     def _probe(self, base: nn.Module, recorders: nn.ModuleList) -> nn.Sequential:
         """Find what follows the layers, by watching a forward without layers."""
@@ -243,7 +263,7 @@ class Staircase:
         else:
             call = self.parts.join(layer, self.recordings[first:], self.runner.cache, step)
         states = self.states[:, first:count]
-        states.copy_(run_layer(self.parts.layers[layer], states, call))
+        states.copy_(self.parts.run(layer, states, call))
         self.depths[first:] = [layer + 1] * (count - first)
         self.layer_calls += 1
         self.token_layers += count - first
@@ -279,9 +299,18 @@ def watched(runner: ModelRunner, depths: Sequence[int]) -> Iterator[dict[int, to
 
 
 class _Passes(nn.Module):
-    """Stands in for a base model: its embeddings are its output."""
+    """Stands in for a base model: its embeddings are its output.
+
+    Attributes:
+        autocast (`tuple`): whether the last call was made under autocast, and its dtype.
+    """
+
+    autocast: tuple[bool, torch.dtype]
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Return the embeddings."""
+        kind = inputs_embeds.device.type
+        self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         return _Output(last_hidden_state=cast(torch.FloatTensor, inputs_embeds))
 
 

@@ -19,7 +19,7 @@ from ....cache.speculative import SpeculativeCache
 from ....cache.stage import StageCache
 from ....kernels.address import Address
 from ....kernels.step import Step
-from ...models.layerwise import Layerwise, Recording, placed, run_layer, watched
+from ...models.layerwise import Layerwise, Recording, placed, watched
 from ...runner import Forward, ModelRunner
 from ...state import DecodingState
 from .depth_map import DepthMap
@@ -60,7 +60,7 @@ class Stage:
         step = self.cache.begin(parcel.address)
         for index in range(self.first, self.end):
             call = placed(parcel.recording.calls[index], self.cache, step)
-            hidden = run_layer(self.parts.layers[index], hidden, call)
+            hidden = self.parts.run(index, hidden, call)
             if index + 1 in self.wanted:
                 features[index + 1] = hidden
         return parcel._replace(hidden=hidden), features

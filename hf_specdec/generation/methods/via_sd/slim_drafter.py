@@ -95,8 +95,9 @@ class SlimDrafter(Drafter):
 
     def _runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
         """Return what runs the slim model over `cache`."""
-        model = slim_model(state.model, self.units, self.found.keep, self.found.terms)
-        return ModelRunner(model, cache, state.longest, self.units.attentions(self.found.keep))
+        units = self.units.of(state.model)
+        model = slim_model(state.model, units, self.found.keep, self.found.terms)
+        return ModelRunner(model, cache, state.longest, units.attentions(self.found.keep))
 
     def setup(self, state: DecodingState) -> None:
         """Prepare both tiers; where the slim verifier has a cache of its own, it reads the prompts now."""

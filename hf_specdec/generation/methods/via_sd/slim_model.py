@@ -66,6 +66,10 @@ class Units:
     def __len__(self) -> int:
         return len(self.names)
 
+    def of(self, model: PreTrainedModel) -> Units:
+        """Return the units of `model`, which may be a copy of the one that these are of."""
+        return self if decoder_layers(model) is self.layers else Units(model, self.granularity)
+
     def check(self, keep: Sequence[bool]) -> None:
         """Raise `ValueError` unless `keep` has an entry per unit and leaves out no protected one."""
         if len(keep) != len(self):
