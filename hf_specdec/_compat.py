@@ -36,20 +36,26 @@ def attention_can_be_replaced(model: PreTrainedModel) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Return where `model` takes its tokens, also where Accelerate keeps the weights elsewhere between forwards."""
-    embedding: Any = model.get_input_embeddings()
-    device: torch.device = embedding.weight.device
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Return where `module` takes its input, also where Accelerate keeps its weights elsewhere between forwards."""
+    device = next(module.parameters()).device
     if device.type != "meta":
         return device
-    hook = getattr(embedding, "_hf_hook", None)  # private in all releases of Accelerate that are supported
-    hooks = getattr(hook, "hooks", [hook])
+    hook = next(m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook"))  # private in all releases of it
+    hooks: Any = getattr(hook, "hooks", [hook])
     return torch.device(next(each.execution_device for each in hooks if hasattr(each, "execution_device")))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where `model` takes its tokens."""
+    return device_of(model.get_input_embeddings())
 
 
 def adapters_of_rows(module: torch.nn.Module) -> list[str] | None:
     """Return the adapter of each row in a mixed batch of PEFT (`adapter_names=`), if the model's call has one."""
-    for hook in module._forward_pre_hooks.values():  # private in PEFT 0.13 to 0.21; the names reach us no other way
+    # private in PEFT 0.13 to 0.21, but the names reach us no other way; the last hook decides, as a call that raised
+    # leaves its hooks
+    for hook in reversed(module._forward_pre_hooks.values()):
         if isinstance(hook, functools.partial) and hook.keywords.get("adapter_names") is not None:
             return list(hook.keywords["adapter_names"])
     return None

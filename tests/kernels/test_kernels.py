@@ -8,7 +8,6 @@ from families import tiny_llama
 from looping import over
 from transformers import LlamaForCausalLM
 
-from hf_specdec import _compat
 from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.integration import decoding_loop
@@ -16,6 +15,7 @@ from hf_specdec.kernels import choice, dispatch, explicit, packed, reference
 from hf_specdec.kernels.address import Address, once
 from hf_specdec.kernels.request import AttentionRules, ScoreRequest
 from hf_specdec.kernels.step import Step
+from hf_specdec.kernels.twin import twin_of
 
 
 CPU = torch.device("cpu")

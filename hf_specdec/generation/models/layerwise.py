@@ -175,10 +175,10 @@ class Layerwise:
         """Return the autocast that a forward that was wrapped on the model runs in (Accelerate's mixed precision)."""
         passes = _Passes()
         model = cast(Callable[..., Any], exchanged(self.model, {id(self.model.base_model): passes}))
-        device = _compat.input_device(self.model)
-        width = self.model.config.get_text_config(decoder=True).hidden_size
+        device, width = _compat.input_device(self.model), self.model.config.get_text_config(decoder=True).hidden_size
+        states = torch.zeros(1, 1, width, device=device, dtype=self.model.dtype)
         with torch.no_grad():
-            model(inputs_embeds=torch.zeros(1, 1, width, device=device), use_cache=False, return_dict=True)
+            model(inputs_embeds=states, use_cache=False, return_dict=True)
         enabled, dtype = passes.autocast
         return partial(torch.autocast, device.type, dtype, enabled) if enabled else nullcontext
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .... import _compat
 from ....kernels.twin import Proxy, exchanged
 from ... import admission
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_tensors, write_record
@@ -208,7 +209,8 @@ def _no_attention(_: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor
 @torch.no_grad()
 def _no_mlp(module: nn.Module, width: int) -> Any:
     """Return what stands in for an MLP: zeros in the structure that it returns, which mixtures of experts extend."""
-    example = module(next(module.parameters()).new_zeros(1, 1, width))
+    dtype = next(module.parameters()).dtype
+    example = module(torch.zeros(1, 1, width, dtype=dtype, device=_compat.device_of(module)))
 
     def silent(_: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         zeros = torch.zeros_like(hidden_states)
