@@ -104,14 +104,21 @@ def fill_dynamic_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor, see
         layer.cumulative_length = seen
 
 
+def allowed_tokens_function(processor: Any) -> Callable[..., Any] | None:
+    """Return the caller's `prefix_allowed_tokens_fn` in a processor, `None` if it is another one."""
+    # private in 5.17 to 5.23; the only way to the caller's function
+    wraps = isinstance(processor, PrefixConstrainedLogitsProcessor)
+    return processor._prefix_allowed_tokens_fn if wraps else None
+
+
 def for_rows(processor: LogitsProcessor, rows: set[int]) -> LogitsProcessor:
     """Return `processor` such that a caller's `prefix_allowed_tokens_fn` is asked about `rows` only.
 
     The other rows of the matrix have no text of that length, and a grammar need not have an answer for them.
     """
-    if type(processor) is not PrefixConstrainedLogitsProcessor:
+    allowed = allowed_tokens_function(processor)
+    if allowed is None or type(processor) is not PrefixConstrainedLogitsProcessor:
         return processor
-    allowed = processor._prefix_allowed_tokens_fn  # private in 5.17 to 5.23; the only way to the caller's function
     return PrefixConstrainedLogitsProcessor(lambda row, ids: allowed(row, ids) if row in rows else [0], 1)
 
 

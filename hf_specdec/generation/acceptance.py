@@ -152,3 +152,35 @@ def speculative_sample(
         weight (`torch.Tensor` of shape `[n, k]`, float32, *optional*): `w`; 1 everywhere by default.
     """
     return draw_next(drafts, counts, accept_drafts(drafts, counts, target, draft, weight), target, draft)
+
+
+def judge_column(
+    column: int,
+    drafts: torch.Tensor,
+    counts: torch.Tensor,
+    scores: torch.Tensor,
+    draft: torch.Tensor | None,
+    sample: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Judge the drafts of one column, all before which have stayed.
+
+    Args:
+        column (`int`): which one; with k, the token that follows drafts that all stayed.
+        scores (`torch.Tensor` of shape `[n, V]`, float32): the target's processed scores in that column.
+        sample (`bool`): whether by speculative sampling; the other arguments are those of `speculative_sample`.
+
+    Returns:
+        The column's tokens `[n]`, int64, and whether each is the draft that stayed, bool `[n]`.
+    """
+    here = drafts[:, column : column + 1]
+    real = (counts > column).long()
+    if not sample:
+        choice = scores.argmax(dim=-1)
+        stays = (here == choice[:, None]).any(dim=1) & (real > 0)
+        return choice, stays
+    p, q = torch.softmax(scores, dim=-1)[:, None], None if draft is None else draft[:, column : column + 1]
+    stays = accept_drafts(here, real, p, q) > 0
+    # where `draft` also says what proposed nothing, both that and a refusal leave the residual
+    open_ = here if draft is None or draft.shape[1] == drafts.shape[1] else here[:, :0]
+    drawn = draw_next(open_, real, torch.zeros_like(real), p, q).tokens[:, 0]
+    return torch.where(stays, here[:, 0], drawn) if here.shape[1] else drawn, stays

@@ -153,10 +153,11 @@ class AssistantDrafter(Drafter):
             state.stats.draft_forwards += 1
             output = reader.runner.forward(tokens, starts, ForwardRequest(hidden=self.hidden))
             logits = pad_vocabulary(output.logits[:, -1].to(state.device), self.width)
-            scores = state.process_next(logits, drafts)
-            choice, distribution = state.choose(scores)
-            drafts = torch.cat([drafts, choice[:, None]], dim=1)
+            choice, distribution, scores, counts = state.draft_next(logits, drafts, counts)
             starts = [start + tokens.shape[1] for start in starts]
+            if drafts.shape[1] >= max(counts):
+                break
+            drafts = torch.cat([drafts, choice[:, None]], dim=1)
             tokens = choice[:, None]
             if distribution is not None:
                 distributions.append(distribution)
@@ -186,7 +187,8 @@ class AssistantDrafter(Drafter):
         distributions = torch.empty(logits.shape, device=logits.device)
         for count in set(draft.counts):
             rows = [row for row, drafted in enumerate(draft.counts) if drafted == count]
-            distributions[rows] = state.distribution(state.process_next(logits, draft.tokens[:, :count])[rows])
+            scores = state.process_next(logits, draft.tokens[:, :count], draft.counts)
+            distributions[rows] = state.distribution(scores[rows])
         return distributions, None if output.hidden is None else output.hidden[:, -1]
 
     def commit(self, state: DecodingState) -> None:

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from .. import _compat
 from ..configuration import SpeculationConfig
-from ..registry import strategy_class
+from ..registry import config_class, strategy_class
 from . import admission, programs
-from .output import Emitter
+from .output import Emitter, custom_criteria
 from .processors import ProcessorChain
 from .prompt import Prompt
 from .runner import ModelRunner
@@ -88,7 +88,9 @@ class DecodingLoop:
         windows = admission.admit(model, generation_config, synced_gpus) if windows is None else windows
         chain = logits_processor or LogitsProcessorList()
         state = self._prepare(strategy, model, input_ids, chain, generation_config, list(windows), model_kwargs)
-        emitter = self._emitter(strategy, state, stopping_criteria or StoppingCriteriaList(), streamer)
+        criteria = stopping_criteria or StoppingCriteriaList()
+        strategy = self._for_processors(strategy, state, criteria)
+        emitter = self._emitter(strategy, state, criteria, streamer)
         past = model_kwargs.get("past_key_values")
         returned = generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)
         keep_cache = bool(returned) and strategy.whole_model
@@ -155,6 +157,37 @@ class DecodingLoop:
             )
         return state
 
+    def _for_processors(
+        self, strategy: SpeculationStrategy, state: DecodingState, criteria: StoppingCriteriaList
+    ) -> SpeculationStrategy:
+        """Return `strategy`, or plain decoding where it can't serve processors that remember."""
+        chain = state.processors
+        custom, several = bool(custom_criteria(criteria)), state.batch > 1
+        if not chain.remembering:
+            return strategy
+        if self.config.strategy == "plain":
+            chain.in_order = True  # nothing has to be undone
+            return strategy
+        chain.may_judge_in_order = strategy.judges_in_order and not custom
+        if several and not strategy.batched:
+            reason = "the strategy decodes the rows of a batch in turn, and a processor is called with all of them"
+        elif several and custom:
+            reason = "a stopping criterion may end a row behind which others have been processed already"
+        elif chain.in_order and not chain.may_judge_in_order:
+            reason = "that can't be copied, nor can drafts be judged one by one here"
+        else:
+            return strategy
+        if not strategy.whole_model:
+            raise ValueError(f"{chain.names} may keep state between calls, and {reason}.")
+        logger.warning_once(
+            f"{chain.names} may keep state between calls, and {reason}. So the strategy "
+            f"{self.config.strategy!r} takes plain steps. A processor that keeps none can say so: `stateless = True`."
+        )
+        chain.in_order = chain.may_judge_in_order = True
+        settings = config_class("plain")
+        shared = {name: getattr(self.config, name) for name in ("compile", "kernels") if self.config.has_field(name)}
+        return strategy_class("plain")(settings(**shared))
+
     def _emitter(
         self, strategy: SpeculationStrategy, state: DecodingState, criteria: StoppingCriteriaList, streamer: Any
     ) -> Emitter:
@@ -183,6 +216,7 @@ class DecodingLoop:
         with state.contexts:
             state.contexts.callback(state.target.close)
             state.contexts.callback(strategy.close, state)
+            state.contexts.callback(state.processors.restart)
             strategy.setup(state)
             with state.timed("prefill"):
                 first = strategy.prefill(state)
@@ -192,6 +226,7 @@ class DecodingLoop:
                 kept = emitter.emit(result, count=count)
                 strategy.commit(state, kept)
                 emitter.advance(rows)
+                state.commit_processors()
                 for slot in reversed(range(len(state.active))):
                     if emitter.done[state.active[slot]]:
                         retired.append(state.active[slot])
@@ -235,7 +270,8 @@ class DecodingLoop:
             logits = scores = output.logits[slot : slot + 1, fed - pads : fed].to(state.device)
             if emitter.collects["scores"] and len(state.processors):
                 padding = tokens.new_full((1, pads), state.pad_token)
-                scores = state.processors(logits, state.text.by_column(end), [row], [column], padding)
+                # those that remember have seen these columns
+                scores = state.processors.without_memory(logits, state.text.by_column(end), [row], [column], padding)
             emitter.complete(row, {"scores": scores[0], "logits": logits[0]})
 
     @staticmethod

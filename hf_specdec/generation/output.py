@@ -9,10 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .state import DecodingState
 from .strategy import StepResult
+
+
+def custom_criteria(criteria: StoppingCriteriaList) -> list[StoppingCriteria]:
+    """Return the criteria that have to be called on each column."""
+    return [rule for rule in criteria if type(rule) not in (EosTokenCriteria, MaxLengthCriteria)]
 
 
 class Emitter:
@@ -35,7 +45,7 @@ class Emitter:
         )
         # stock pads finished rows only if some criterion knows EOS; otherwise they go on until all are finished
         self.pads = any(hasattr(rule, "eos_token_id") for rule in criteria)
-        self.custom = [rule for rule in criteria if type(rule) not in (EosTokenCriteria, MaxLengthCriteria)]
+        self.custom = custom_criteria(criteria)
 
     def emit(self, result: StepResult, *, count: bool = True) -> list[int]:
         """Append a step's tokens to the active rows and return how many each kept.
@@ -43,6 +53,8 @@ class Emitter:
         With `count` the step counts in the statistics; the prefill's token does not.
         """
         state, kept, written = self.state, [], {}
+        if state.processors.remembering:
+            self._level(result)
         for slot, (row, tokens) in enumerate(zip(state.active, result.tokens.tolist(), strict=True)):
             new = tokens[: min(result.counts[slot], state.max_length - state.text.columns[row])]
             for place, token in enumerate(new):
@@ -61,6 +73,23 @@ class Emitter:
                 state.stats.record(row, result.drafted[slot], result.accepted[slot], len(new))
             kept.append(len(new))
         return kept
+
+    def _level(self, result: StepResult) -> None:
+        """Cut a step's result to columns that all rows have, for processors that have to see whole columns.
+
+        A row keeps a token whether it was a draft or drawn instead of one, and whether a column comes is decided by
+        the columns before it. So what is left of the other rows is unbiased. To cut a row before the token that it
+        drew after a refusal would keep drafts only.
+        """
+        state, ends = self.state, []
+        for slot, tokens in enumerate(result.tokens.tolist()):
+            new = tokens[: result.counts[slot]]
+            ends.append(next((place + 1 for place, token in enumerate(new) if token in self.eos), len(new)))
+        width = min(ends)
+        seen = state.processors.reached - state.text.columns[state.active[0]]
+        width = min(width, seen)  # a lossy rule can keep what was not processed
+        result.counts = [width] * len(ends)
+        result.accepted = [min(width, count) for count in result.accepted]
 
     def advance(self, rows: list[int]) -> None:
         """Run the column clock as far as the given rows allow."""

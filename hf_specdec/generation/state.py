@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from ..kernels.twin import with_adapters
+from .models.vocabulary import OUTSIDE
 from .processors import ProcessorChain
 from .prompt import Prompt
 from .runner import Forward, ModelRunner
@@ -53,6 +54,7 @@ class DecodingState:
         active (`list[int]`): the row in each slot.
         greedy_temperature (`float`, *optional*): temperature of the distributions that greedy drafts are to keep;
             `None` for no distributions.
+        unread (`int`): newest columns of text, beside the pending one, that the target has not read.
         contexts (`ExitStack`): temporary changes to models; closed when the active rows end, also by an exception.
     """
 
@@ -79,6 +81,7 @@ class DecodingState:
         self.pad_token = int(pad) if pad is not None else 0
         self.text = Text(prompt, self.max_length, self.pad_token)
         self.active: list[int] = []
+        self.unread = 0
         self.followers: list[Follower] = []
         self.contexts = ExitStack()
         self.target: ModelRunner
@@ -133,7 +136,15 @@ class DecodingState:
         starts = [count - 1 for count in self.committed] if starts is None else starts
         return self.target.forward(tokens, starts, request)
 
-    def process(self, logits: torch.Tensor, drafts: torch.Tensor, back: Sequence[int] | None = None) -> torch.Tensor:
+    def process(
+        self,
+        logits: torch.Tensor,
+        drafts: torch.Tensor,
+        back: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
+        drafting: bool = False,
+        stops: bool = True,
+    ) -> torch.Tensor:
         """Return `logits` `[n, m, V]` after the caller's processors, on the text's device.
 
         Args:
@@ -141,6 +152,9 @@ class DecodingState:
             drafts (`torch.Tensor` of shape `[n, >= m - 1]`, int64): draft tokens.
             back (`list[int]`, *optional*): newest tokens of each slot that count as drafts, and come first in
                 `drafts`.
+            counts (`list[int]`, *optional*): how many of each slot's drafts are real.
+            drafting, stops (`bool`, *optional*): as for `ProcessorChain`. Whoever may emit a draft that is impossible
+                needs `stops=False`.
         """
         logits = logits.to(self.device)
         if not len(self.processors) and not self.do_sample:
@@ -148,10 +162,21 @@ class DecodingState:
         columns = [self.text.columns[row] for row in self.active]
         if back is not None:
             columns = [column - less for column, less in zip(columns, back, strict=True)]
-        return self.processors(logits, self._seen(max(columns)), self.active, columns, drafts)
+        return self.processors(
+            logits, self._seen(max(columns)), self.active, columns, drafts, counts, drafting=drafting, stops=stops
+        )
 
-    def process_next(self, logits: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
-        """Return `logits` `[n, V]` of what follows the text and `drafts` `[n, j]`, after the caller's processors."""
+    def process_next(
+        self,
+        logits: torch.Tensor,
+        drafts: torch.Tensor,
+        counts: Sequence[int] | None = None,
+        drafting: bool = True,
+    ) -> torch.Tensor:
+        """Return `logits` `[n, V]` of what follows the text and `drafts` `[n, j]`, after the caller's processors.
+
+        With `counts`, slots whose real drafts are fewer than j are left out. For the others see `process`.
+        """
         if not len(self.processors) and not self.do_sample:
             return logits
         width = drafts.shape[1]
@@ -160,11 +185,56 @@ class DecodingState:
         if width and self.processors.reads_text:
             for slot, row in enumerate(self.active):
                 ids[row, columns[slot] - width : columns[slot]] = drafts[slot]
-        return self.processors(logits[:, None], ids, self.active, columns, drafts[:, :0])[:, 0]
+        ahead = None if counts is None else [min(0, count - width) for count in counts]
+        rest = drafts[:, :0]
+        return self.processors(logits[:, None], ids, self.active, columns, rest, ahead, drafting=drafting)[:, 0]
+
+    def draft_next(
+        self, logits: torch.Tensor, drafts: torch.Tensor, counts: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, list[int]]:
+        """Choose the draft tokens `[n]` that follow the text and `drafts` `[n, j]`, by a drafter's logits `[n, V]`.
+
+        Returns:
+            The tokens, their distributions (see `choose`), the processed scores `[n, V]`, and `counts`, which end at
+            j for slots of which the processors leave no word that the drafter knows. No token has been drawn there,
+            so that nothing is biased by ending.
+        """
+        scores = self.process_next(logits, drafts, counts)
+        if self.processors.bans:
+            scores, possible = self.usable(logits, scores)
+            made = drafts.shape[1]
+            counts = [n if known else min(n, made) for n, known in zip(counts, possible.tolist(), strict=True)]
+        return *self.choose(scores), scores, counts
+
+    @staticmethod
+    def usable(logits: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return processed scores `[..., V]` that have a distribution, and where they are a drafter's own, `[...]`.
+
+        Where the processors leave none of the words that its `logits` know, the scores are zeros.
+        """
+        # far above the logit of words outside a reduced vocabulary, which low precision may have rounded
+        possible = ((scores > -torch.inf) & (logits > OUTSIDE / 2)).any(dim=-1)
+        return torch.where(possible[..., None], scores, 0.0), possible
+
+    def possible_drafts(self, drafts: torch.Tensor, counts: list[int]) -> list[int]:
+        """Return `counts` up to the first of each slot's `drafts` `[n, k]` that the caller's processors ban.
+
+        It may drop a token that is certain, but not one that was drawn: that has to be refused to stay unbiased.
+        """
+        if not self.processors.bans or not max(counts):
+            return counts
+        columns = [self.text.columns[row] for row in self.active]
+        return self.processors.first_bans(self._seen(max(columns)), self.active, columns, drafts, counts)
 
     def _seen(self, columns: int) -> torch.Tensor:
         """Return the text that processors see, `[b, columns]`; the prompts where none of them reads it."""
         return self.text.by_column(columns) if self.processors.reads_text else self.prompt.ids
+
+    def commit_processors(self) -> None:
+        """Let the caller's processors remember what has been emitted, and forget the drafts."""
+        if self.processors.remembering:
+            column = max(self.text.columns[row] for row in self.active)
+            self.processors.commit(column, self._seen(column), self.unread)
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a token `[n]` from processed scores `[n, V]`, and its distribution `[n, V]`.

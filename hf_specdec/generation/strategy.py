@@ -20,6 +20,7 @@ from ..configuration import SpeculationConfig
 from ..kernels.address import upload
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from . import acceptance, programs
+from .processors import JudgeInOrder
 from .runner import Forward, ModelRunner
 from .state import DecodingState
 from .stats import SpeculationStats
@@ -192,6 +193,12 @@ class SpeculationStrategy:
         """Whether this process runs all of the model's layers, so that it can take and return their cache."""
         return True
 
+    @property
+    def judges_in_order(self) -> bool:
+        """Whether drafts can be judged one by one, for processors that may see only what is emitted."""
+        own = type(self)
+        return own.accept is SpeculationStrategy.accept and own.step is SpeculationStrategy.step
+
     def session(self, state: DecodingState) -> AbstractContextManager[None]:
         """Return a context around the decoding of all rows of one call."""
         return nullcontext()
@@ -236,7 +243,12 @@ class SpeculationStrategy:
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly: by equality for greedy decoding, by speculative sampling otherwise."""
-        scores = state.process(target.logits, draft.tokens)
+        if state.processors.in_order:
+            return self._accept_in_order(state, draft, target)
+        try:
+            scores = state.process(target.logits, draft.tokens, counts=draft.counts)
+        except JudgeInOrder:
+            return self._accept_in_order(state, draft, target)
         counts = draft.counts_on_device
         if state.do_sample:
             distribution = torch.softmax(scores, dim=-1)
@@ -248,6 +260,23 @@ class SpeculationStrategy:
         return StepResult(
             verdict.tokens, [count + 1 for count in accepted], draft.counts, accepted, target.logits, scores
         )
+
+    def _accept_in_order(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
+        """Judge the drafts as `accept` does, one column after the other, up to the first one that ends some row."""
+        scores, accepted = [], [0] * len(draft.counts)
+        counts, made = draft.counts_on_device, draft.tokens[:, :0]
+        for column in range(draft.tokens.shape[1] + 1):
+            scores.append(state.process_next(target.logits[:, column].to(state.device), made, drafting=False))
+            token, stays = acceptance.judge_column(
+                column, draft.tokens, counts, scores[-1], draft.distributions, state.do_sample
+            )
+            made = torch.cat([made, token[:, None]], dim=1)
+            accepted = [count + stay for count, stay in zip(accepted, stays.tolist(), strict=True)]
+            if not all(stays.tolist()) or bool(state.is_eos(token).any()):
+                break
+        width = made.shape[1]
+        found = torch.stack(scores, dim=1)
+        return StepResult(made.cpu(), [width] * len(accepted), draft.counts, accepted, target.logits[:, :width], found)
 
     def step(self, state: DecodingState) -> StepResult:
         """Advance the active rows by one round."""

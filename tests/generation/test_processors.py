@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import families
 import pytest
 import torch
 from families import tiny_llama
@@ -11,9 +12,14 @@ from transformers.generation import logits_process as stock
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from hf_specdec import VegasConfig
+from hf_specdec.generation.models.vocabulary import OUTSIDE
 from hf_specdec.generation.processors import ProcessorChain
+from hf_specdec.generation.state import DecodingState
+from hf_specdec.generation.strategy import SpeculationStrategy
+from hf_specdec.registry import presets
 
 
+BASES = [name for name in presets() if ":" not in name]
 VOCAB, EOS, PROMPT, MAX_LENGTH = 20, 2, 8, 15
 
 
@@ -127,7 +133,7 @@ def test_each_position_sees_the_prefix_of_plain_decoding(chain, place):
         logits[0, 0, 3], logits[0, 0, 4] = torch.nan, torch.inf
     before = logits.clone(), ids.clone(), drafts.clone()
     processors = LogitsProcessorList([make() for make in CHAINS[chain]])
-    found = ProcessorChain(processors)(logits, ids, rows, columns, drafts)
+    found = ProcessorChain(processors)(logits, ids, rows, columns, drafts, stops=False)
     assert found.shape == logits.shape and found.dtype == torch.float32
     for i, row in enumerate(rows):
         wanted = by_steps(processors, before[0][i], before[1], row, columns[i], before[2][i])
@@ -152,7 +158,9 @@ def test_the_chains_change_something():
 
 
 class Counter(LogitsProcessor):
-    """Counts its calls; adds, so that a second application shows."""
+    """Counts its calls; adds, so that a second application shows. What it counts does not change what it gives."""
+
+    stateless = True
 
     def __init__(self):
         self.shapes: list[tuple[int, int]] = []
@@ -183,16 +191,13 @@ def test_warpers_that_ignore_the_text_run_once(monkeypatch):
     assert calls == [(12, VOCAB)]
 
 
-def test_what_keeps_state_is_refused():
-    class SynthIDTextWatermarkLogitsProcessor(LogitsProcessor):
-        pass
-
+def test_what_keeps_a_cache_is_refused():
     class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         pass
 
-    for bad in (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-        with pytest.raises(ValueError, match=bad.__name__):
-            ProcessorChain(LogitsProcessorList([stock.TopKLogitsWarper(3), bad()]))
+    bad = UnbatchedClassifierFreeGuidanceLogitsProcessor
+    with pytest.raises(ValueError, match=bad.__name__):
+        ProcessorChain(LogitsProcessorList([stock.TopKLogitsWarper(3), bad()]))
 
 
 def test_low_precision_logits_are_processed_in_float32():
@@ -239,26 +244,128 @@ def test_plain_decoding_calls_a_processor_once_per_column(model, inputs):
     assert counter.shapes == [((3, PROMPT + step), (3, VOCAB)) for step in range(16)]
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.05])
-def test_allowed_tokens_are_asked_for_real_prefixes_only(model, inputs, ratio):
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("strategy", [*BASES, "via_sd:slim", "via_sd:gate", "via_sd:safe", "diversed:mixture"])
+def test_allowed_tokens_are_asked_for_real_prefixes_only(strategy, own):
     """A function that knows legal prefixes only, as a trie does, is never asked about a text that can't arise.
 
-    Stock raises when it returns no token, so a made-up prefix ends a call that works without speculation.
+    So is a processor of the caller's own, with another one behind it that bans what it allows.
     """
+    family = families.family("llama")
+    width = family.ids.shape[1]
 
     def successors(token: int) -> list[int]:
-        return [(3 * token + step) % (VOCAB - 1) + 1 for step in (1, 4, 9)]
+        return [(3 * token + step) % 63 + 1 for step in (1, 4, 9, 16)]
 
     def legal(row: int, ids: torch.Tensor) -> list[int]:
-        text = ids[PROMPT - 1 :].tolist()
-        walked = all(new in successors(old) for old, new in zip(text, text[1:], strict=False))
-        return successors(text[-1]) if walked else []
+        text = ids[width - 1 :].tolist()
+        if not all(new in successors(old) for old, new in zip(text, text[1:], strict=False)):
+            raise KeyError(text)
+        return successors(text[-1])
 
-    options = {**OPTIONS, "prefix_allowed_tokens_fn": legal}
-    wanted = model.generate(**inputs, **options).sequences
-    config = VEGAS.override(kv_ratio=ratio)
-    found = model.generate(**inputs, **options, assistant_strategy=config)
-    assert torch.equal(found.sequences, wanted)
+    class Trie(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            allowed = torch.tensor([legal(row, ids) for row, ids in enumerate(input_ids)])
+            return scores + torch.full_like(scores, -torch.inf).scatter(1, allowed, 0.0)
+
+    given = {"logits_processor": [Trie()]} if own else {"prefix_allowed_tokens_fn": legal}
+    # the trie's words repeat, so that look-ups find drafts, of which some are banned
+    options = {"max_new_tokens": 24, "bad_words_ids": [[7], [9, 28]], **given}
+    for rows in (1,) if own else (1, 4):  # a processor of the caller's sees rows of other lengths, too
+        wanted = family.stock(**family.inputs(rows), **options)
+        assert torch.equal(family.ours(strategy, **family.inputs(rows), **options), wanted)
+
+
+def test_what_a_later_processor_allows_again_is_processed():
+    """A ban ends what an earlier processor is asked about only while nobody lifts it."""
+
+    class Ban(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(1, input_ids[0, -1] + torch.arange(3), -torch.inf)
+
+    class Lift(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores.index_fill(1, torch.tensor([5]), 0.0)
+
+    chain = ProcessorChain(LogitsProcessorList([Ban(), Lift()]))
+    ids, drafts = torch.tensor([[9, 4]]), torch.tensor([[5, 6, 1]])
+    found = chain(torch.ones(1, 4, VOCAB), ids, [0], [2], drafts)[0]
+    wanted = by_steps(LogitsProcessorList([Ban(), Lift()]), torch.ones(4, VOCAB), ids, 0, 2, drafts[0])
+    assert torch.equal(found[:3], wanted[:3])
+    # 6 is banned after 5 and stays banned, so nobody is asked about what would follow it
+    assert found[1, 6] == -torch.inf and torch.equal(found[2], wanted[2])
+
+
+def test_entries_behind_a_ban_or_the_real_drafts_are_left_alone():
+    seen = []
+
+    class Ban(LogitsProcessor):
+        stateless = True
+
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.shape[1])
+            return scores.index_fill(1, torch.tensor([3]), -torch.inf) + 1.0
+
+    chain = ProcessorChain(LogitsProcessorList([Ban()]))
+    drafts = torch.tensor([[5, 3, 6, 7], [5, 6, 7, 8]])
+    found = chain(torch.zeros(2, 5, VOCAB), text_of(2), [0, 1], [8, 8], drafts, [4, 3])
+    assert (found[:, :, 0] == torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]])).all()
+    assert seen == [8, 9, 10, 11]
+
+
+def test_banned_look_ups_are_not_verified(monkeypatch):
+    """An n-gram ban forbids by construction what a look-up proposes."""
+    verified, verify = [], SpeculationStrategy.verify
+
+    def noted(self, state, draft):
+        for row, tokens, count in zip(state.active, draft.tokens, draft.counts, strict=True):
+            text = state.text.by_column(state.text.columns[row])[row]
+            verified.extend(torch.cat([text, tokens[: made + 1]]) for made in range(count))
+        return verify(self, state, draft)
+
+    monkeypatch.setattr(SpeculationStrategy, "verify", noted)
+    family = families.family("llama")
+    ids = torch.cat([family.ids, family.ids], dim=1)
+    options = {"max_new_tokens": 24, "no_repeat_ngram_size": 3, "attention_mask": family.mask.repeat(1, 2)}
+    assert torch.equal(family.ours("prompt_lookup", ids, **options), family.stock(ids, **options))
+    assert verified
+    ban = stock.NoRepeatNGramLogitsProcessor(3)
+    for text in verified:
+        assert ban(text[None, :-1], torch.zeros(1, families.VOCAB))[0, text[-1]] == 0
+
+
+@pytest.mark.parametrize("strategy", ["assisted", "vegas", "specbound", "via_sd", "spd"])
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_drafter_whose_words_are_all_banned_stops(monkeypatch, strategy, sample):
+    """Nothing is drawn from nothing, and no word is proposed that the drafter can't know."""
+    original = DecodingState.draft_next
+
+    def knowing_little(state, logits, drafts, counts):
+        return original(state, torch.where(torch.arange(families.VOCAB) < 20, logits, OUTSIDE), drafts, counts)
+
+    monkeypatch.setattr(DecodingState, "draft_next", knowing_little)
+    family = families.family("llama")
+    options = {**family.batch, "max_new_tokens": 12, "suppress_tokens": list(range(20)), "do_sample": sample}
+    out = family.ours(strategy, **options, return_dict_in_generate=True)
+    # VIA-SD's slim verifier knows all words, and goes on without its drafter
+    assert out.speculation.method["drafter_tokens"] == 0 if strategy == "via_sd" else out.speculation is None
+    if not sample:
+        assert torch.equal(out.sequences, family.stock(**options))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_repeated_ngrams_are_found_as_in_stock(size):
+    generator = torch.Generator().manual_seed(size)
+    for width in (1, 2, 4, 30, 200):
+        ids = torch.randint(0, 4, (3, width), generator=generator)
+        drafts = torch.randint(0, 4, (3, 6), generator=generator)
+        logits = torch.randn(3, 7, 6, generator=generator)
+        processors = LogitsProcessorList([stock.NoRepeatNGramLogitsProcessor(size)])
+        found = ProcessorChain(processors)(logits, ids, [0, 1, 2], [width, max(1, width - 1), width], drafts)
+        for row in range(3):
+            columns = max(1, width - 1) if row == 1 else width
+            wanted = by_steps(processors, logits[row], ids, row, columns, drafts[row])
+            assert torch.equal(found[row], wanted)
 
 
 def test_min_length_and_eos_in_a_ragged_batch(model, inputs):

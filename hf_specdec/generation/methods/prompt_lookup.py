@@ -57,8 +57,9 @@ class LookupDrafter(Drafter):
             for row, length, room in zip(state.active, state.committed, state.draft_room(self.limit), strict=True)
         ]
         counts = [len(found) for found in rows]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return Draft(upload(tokens, state.device), counts)
+        tokens = upload(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), state.device)
+        counts = state.possible_drafts(tokens, counts)
+        return Draft(tokens[:, : max(counts)], counts)
 
     def _follow(self, text: torch.Tensor, room: int) -> torch.Tensor:
         """Return up to `room` tokens that followed the newest words of `text` `[t]` before, most words first."""

@@ -178,7 +178,9 @@ class VegasDrafter(Drafter):
             state.stats.draft_forwards += 1
             logits = state.target.forward(token, positions, ForwardRequest(view=view)).logits[:, -1]
             logits = logits.to(state.device)
-            choice, distribution = state.choose(state.process_next(logits, drafts))
+            choice, distribution, _, counts = state.draft_next(logits, drafts, counts)
+            if ahead >= max(counts):
+                break
             token = choice[:, None]
             drafts = torch.cat([drafts, token], dim=1)
             if distribution is not None:

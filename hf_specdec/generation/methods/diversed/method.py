@@ -185,7 +185,7 @@ class DiversedStrategy(SpeculationStrategy):
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts against the mixture, at the positions that predict them."""
-        scores = state.process(target.logits, draft.tokens)
+        scores = state.process(target.logits, draft.tokens, counts=draft.counts, stops=False)
         p, tokens, k = state.distribution(scores), draft.tokens, draft.tokens.shape[1]
         counts = draft.counts_on_device
         q = draft.distributions_over(p.shape[-1])

@@ -204,6 +204,11 @@ class SPDStrategy(SpeculationStrategy):
         """Whether this process runs all layers, so that it can return their cache."""
         return self.ranks is None
 
+    @property
+    def judges_in_order(self) -> bool:
+        """Whether drafts can be judged one by one: there is one per tick."""
+        return True
+
     @contextmanager
     def session(self, state: DecodingState) -> Iterator[None]:
         """Connect the ranks for one call, and give all of them its result."""
@@ -337,8 +342,10 @@ class SPDStrategy(SpeculationStrategy):
         """Choose the next token by the module's logits `[1, V_d]` and hand it to the first stage."""
         ahead = [entry.token for entry in self.flying if entry.position >= state.committed[0]]
         drafts = torch.cat([state.pending[:, :0], *ahead], dim=1)
-        scores = state.process_next(self.module.scatter(guess).to(state.device), drafts)
-        token, distribution = state.choose(scores)
+        full, made = self.module.scatter(guess).to(state.device), drafts.shape[1]
+        token, distribution, _, counts = state.draft_next(full, drafts, [made + 1])
+        if counts[0] == made:
+            return  # no word that the module knows is left: the first stage stays empty for a tick
         self._enter(token[:, None], self.flying[-1].position + 1, distribution)
 
     def _enter(self, token: torch.Tensor, position: int, distribution: torch.Tensor | None) -> None:

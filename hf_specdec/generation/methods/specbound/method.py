@@ -203,8 +203,14 @@ class SpecBoundStrategy(SpeculationStrategy):
                 stop = "depth"
                 break
             so_far = torch.cat([state.pending[:, :0], *drafts], dim=1)
-            scores = state.process_next(self.heads.scatter(logits).to(state.device), so_far)
-            choice, distribution = (scores.argmax(dim=-1), None) if matches else state.choose(scores)
+            full = self.heads.scatter(logits).to(state.device)
+            choice, distribution, scores, counts = state.draft_next(full, so_far, [width])
+            if counts[0] == len(drafts):
+                stop = "banned"  # no word that the head knows is left
+                self.guessed.pop()
+                break
+            if matches:
+                choice, distribution = scores.argmax(dim=-1), None
             token = choice[:, None]
             drafts.append(token)
             distributions.append(distribution)
@@ -268,6 +274,11 @@ class SpecBoundStrategy(SpeculationStrategy):
             # a drafted end of text was not run: nothing can follow it, so what stands in for its logits is not read
             logits, hidden = (torch.cat([part, part[:, -1:]], dim=1) for part in (logits, hidden))
         return Forward(logits, hidden if self.hidden else None)
+
+    @property
+    def judges_in_order(self) -> bool:
+        """Whether drafts can be judged one by one: `accept` only counts what the default says."""
+        return True
 
     def accept(self, state: DecodingState, draft: Draft, target: Forward) -> StepResult:
         """Judge the drafts losslessly."""

@@ -81,6 +81,11 @@ class ViaSDStrategy(SpeculationStrategy):
         tiered = sum(stats.method.get(f"{kind}_rounds", 0) for kind in ("tiered", "strict", "forced"))
         return (spent * stats.target_forwards + 1000 * stats.seconds.get("slim", 0.0)) / tiered if tiered else spent
 
+    @property
+    def judges_in_order(self) -> bool:
+        """Whether drafts can be judged one by one: not by tiers."""
+        return not self.config.tiered
+
     def setup(self, state: DecodingState) -> None:
         """Prepare the tiers."""
         super().setup(state)

@@ -128,8 +128,11 @@ class SlimDrafter(Drafter):
         self.inner.prefill(state)
         self.runner = self._runner(state, state.target.cache) if self.reader is None else self.reader.runner
 
-    def read(self, state: DecodingState, drafts: torch.Tensor) -> SlimPass:
-        """Run the slim model over each of the drafts `[n, k]`; m is k + 1, the last entry is about what follows."""
+    def read(self, state: DecodingState, drafts: torch.Tensor, counts: list[int] | None = None) -> SlimPass:
+        """Run the slim model over each of the drafts `[n, k]`; m is k + 1, the last entry is about what follows.
+
+        `counts` says how many of each row's drafts are real; all by default.
+        """
         if self.reader is None:
             tokens, starts = state.pending, [count - 1 for count in state.committed]
         else:
@@ -140,8 +143,10 @@ class SlimDrafter(Drafter):
         if self.reader is not None:
             self.reader.known = [start + tokens.shape[1] for start in starts]
         logits = output.logits[:, -drafts.shape[1] - 1 :].to(state.device)
-        scores = state.process(logits, drafts)
-        distribution = state.distribution(scores) if state.do_sample else None
+        decides = self.config.tiered  # so that nothing may stand in for what the processors exclude
+        scores = state.process(logits, drafts, counts=counts, drafting=not decides, stops=not decides)
+        known = scores if decides else state.usable(logits, scores)[0]
+        distribution = state.distribution(known) if state.do_sample else None
         return SlimPass(logits, scores, distribution, *laws.slim_ratio(logits))
 
     def propose(self, state: DecodingState) -> Draft:
@@ -157,7 +162,7 @@ class SlimDrafter(Drafter):
                 draft = replace(draft, counts=counts)
                 if self.config.lossless_rule != "exact" and not max(draft.counts):
                     break
-                block = rule(draft, self.read(state, draft.tokens))
+                block = rule(draft, self.read(state, draft.tokens, counts))
                 new = self._gather(state, draft, block, stages)
                 # as if emitted, so that what drafts and reads next sees it, until the model judges
                 speculation.enter_context(state.text.speculated(new))

@@ -121,7 +121,7 @@ class Tiers:
 
     def _decide(self, state: DecodingState, draft: Draft) -> list[Decision]:
         """Decide each row's drafts by the slim verifier, up to where the model has to."""
-        slim = self.drafter.read(state, draft.tokens)
+        slim = self.drafter.read(state, draft.tokens, draft.counts)
         tier, own = self._tiers(state, draft, slim)
         given = torch.ones_like(draft.tokens, dtype=torch.float32)
         if draft.distributions is not None:
@@ -168,9 +168,10 @@ class Tiers:
         """Run the model over all that it has not read and the drafts in question; let it decide those."""
         rows, back = self.decided, self._unread(state)
         starts = [self.read[row] for row in state.active]
-        block = self._unread_block(state, draft, starts)
+        block, counts = self._unread_block(state, draft, starts)
         logits = state.forward(block, starts).logits
-        target = Scored(logits.to(state.device), state.process(logits, block[:, 1:], back))
+        scores = state.process(logits, block[:, 1:], back, counts, stops=False)
+        target = Scored(logits.to(state.device), scores)
         if self.config.audit is not None:
             self._compare(state, target.scores)
         alone = self.config.escalate_scope == "token" and letter == "C"
@@ -189,8 +190,13 @@ class Tiers:
             for index, token in enumerate(new[:count], start=first[slot]):
                 rows[slot].add(token, letter if left[slot] else "Q", target, index)
 
-    def _unread_block(self, state: DecodingState, draft: Draft, starts: Sequence[int]) -> torch.Tensor:
-        """Return what the model is to read, `[n, m]`: unread text, what was decided, and the drafts behind it."""
+    def _unread_block(
+        self, state: DecodingState, draft: Draft, starts: Sequence[int]
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Return what the model is to read, `[n, m]`: unread text, what was decided, and the drafts behind it.
+
+        Beside it, how many of each row's tokens follow the first one.
+        """
         fed = []
         for slot, (row, decision) in enumerate(zip(state.active, self.decided, strict=True)):
             text = state.text.tokens[row, starts[slot] : state.committed[slot]]
@@ -198,7 +204,7 @@ class Tiers:
             count = draft.counts[slot]
             open_from = count if decision.escalate is None else decision.escalate
             fed.append(torch.cat([text, new, draft.tokens[slot, open_from:count]]))
-        return torch.nn.utils.rnn.pad_sequence(fed, batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence(fed, batch_first=True), [len(part) - 1 for part in fed]
 
     def _judge(
         self, state: DecodingState, draft: Draft, target: Scored, first: list[int], left: list[int]
@@ -257,6 +263,7 @@ class Tiers:
             else:
                 self.audit.unread[row] += decision.emitted[:count]
         state.target.cache.set_lengths([self.read[row] for row in state.active])
+        state.unread = max(self._unread(state), default=0)
 
     def report(self, state: DecodingState) -> None:
         """Add to the statistics who decided what, and what the audit found."""
