@@ -15,7 +15,6 @@ from transformers import (
     EncoderDecoderCache,
     GenerationConfig,
     StaticCache,
-    SynthIDTextWatermarkingConfig,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -219,11 +218,6 @@ def test_unsupported_options(model, kwargs, place):
 def test_max_length_that_leaves_no_room(model):
     refused(model, IDS, max_new_tokens=None, max_length=IDS.shape[1], names=["max_length"])
     refused(model, IDS, max_new_tokens=None, max_length=IDS.shape[1] - 3, names=["max_length"])
-
-
-def test_synthid_watermark(model):
-    watermark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
-    refused(model, IDS, watermarking_config=watermark, do_sample=True, names=["SynthID", "logits_processor"])
 
 
 def test_inputs_embeds(model):
