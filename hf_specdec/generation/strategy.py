@@ -160,7 +160,7 @@ class SpeculationStrategy:
         if assistant_model is not None and not self.needs_assistant:
             raise ValueError(
                 f"The strategy {name!r} does not use `assistant_model` (got {type(assistant_model).__name__}); leave "
-                'it out, or use `assistant_strategy="assisted"`.'
+                'it out, or use `assistant_strategy="assisted"`, or "off" for stock assisted generation.'
             )
         self.config = config
         self.assistant_model = assistant_model
