@@ -167,7 +167,7 @@ def _says_text(model: PreTrainedModel, name: str, value: Any) -> bool:
     """Whether a model argument only says that all is text, as processors and stock say it."""
     if name == "mm_encoder_outputs":
         return not value
-    # zeros are text in Gemma-3, but a prefix that is read in both directions in PaliGemma
+    # zeros are text in Gemma-3; other models embed them, or read them as a prefix of mutual attention
     if name == "mm_token_type_ids" or (name == "token_type_ids" and model.config.model_type == "gemma3"):
         return not bool(value.any())
     return False
