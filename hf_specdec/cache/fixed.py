@@ -67,7 +67,7 @@ class FixedView(ChosenView):
             self.gather(address)
 
     def place(self, positions: Sequence[int]) -> None:
-        """Say at which position each row's next draft token stands; rows that are idle write anywhere in their own buffers."""
+        """Say at which position each row's next draft token stands; idle rows keep theirs."""
         super().place(positions)
         self.numbers[:, : len(positions)].copy_(upload([self.columns, self.ends], self.numbers.device))
 

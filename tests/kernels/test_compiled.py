@@ -175,7 +175,7 @@ def test_storage_that_has_grown_is_captured_again(recorded, llama):
 
 @pytest.mark.parametrize("strategy", ["plain", "assisted", "vegas"])
 def test_captured_forwards_while_the_storage_grows(recorded, no_ties, llama, strategy, monkeypatch):
-    """Captures follow the storage and the view's buffers; rows that have finished keep their text, which is returned."""
+    """Captures follow the storage and the view's buffers; finished rows keep their text for the returned cache."""
     kwargs = {"max_new_tokens": 40, "eos_token_id": llama.eos, "pad_token_id": 0}
     expected = generate(llama, strategy, llama.batch, **kwargs)
     generate(llama, strategy, llama.batch, "graphs", **kwargs)
