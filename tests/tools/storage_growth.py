@@ -20,21 +20,21 @@ def shares(coarse: bool) -> list[tuple[int, float]]:
     shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     config = LlamaConfig(**shape, num_attention_heads=2, max_position_embeddings=2 * BUDGET)
     model = LlamaForCausalLM(config).eval()
-    found, begin = [], SpeculativeCache.begin
+    found, reserve = [], SpeculativeCache.reserve
     caches: list[SpeculativeCache] = []
 
-    def noting(cache, *args):
+    def noting(cache, slots):
         cache.coarse = coarse
         caches.append(cache)
-        return begin(cache, *args)
+        reserve(cache, slots)
 
-    SpeculativeCache.begin = noting
+    SpeculativeCache.reserve = noting
     for length in (20, 200, 2000, 10000):
         ends = [lambda ids, _, length=length: torch.tensor([ids.shape[1] >= length])]
         options = {"max_new_tokens": BUDGET, "stopping_criteria": ends, "eos_token_id": None, "pad_token_id": 0}
         model.generate(torch.arange(3, 17)[None], assistant_strategy="plain", do_sample=False, **options)
         found.append((length, caches[-1].layers[0].keys.shape[2] / length))
-    SpeculativeCache.begin = begin
+    SpeculativeCache.reserve = reserve
     return found
 
 
