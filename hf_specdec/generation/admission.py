@@ -155,8 +155,8 @@ def check_arguments(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> Non
     for name, value in model_kwargs.items():
         if value is None or name in _IGNORED_KWARGS or _says_text(model, name, value):
             continue
-        if name == "mm_encoder_outputs":
-            name = "`, `".join(_PIXELS.get(kind, kind) for kind in value)
+        if name == "mm_encoder_outputs":  # stock may have made them
+            name = "`, `".join((name, *(_PIXELS[kind] for kind in value if kind in _PIXELS)))
         raise ValueError(
             f"The model argument `{name}` is not supported under `assistant_strategy`, which reads text only: leave "
             f"it out, or pass {OFF}."
@@ -169,7 +169,7 @@ def _says_text(model: PreTrainedModel, name: str, value: Any) -> bool:
         return not value
     # zeros are text in Gemma-3; other models embed them, or read them as a prefix of mutual attention
     if name == "mm_token_type_ids" or (name == "token_type_ids" and model.config.model_type == "gemma3"):
-        return not bool(value.any())
+        return not bool(torch.as_tensor(value).any())
     return False
 
 
