@@ -214,7 +214,10 @@ class _Call:
         for name, neutral in _ASSISTANT_FIELDS.items():
             value = getattr(config, name, None)
             if value not in (None, neutral):
-                raise ValueError(f"`{name}={value!r}` has no effect under `assistant_strategy`; allowed: {neutral!r}.")
+                raise ValueError(
+                    f"`{name}={value!r}` has no effect under `assistant_strategy`; allowed: {neutral!r}, or "
+                    f"{admission.OFF}."
+                )
         return changed
 
     def for_stock(self, changed: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ _IGNORED_KWARGS = {
     "attention_mask",  # read into the prompt
     "position_ids",  # checked against the mask
     "past_key_values",
-    "use_cache",
-    "output_attentions",  # these three are read from the generation config
+    "use_cache",  # these three are read from the generation config
+    "output_attentions",
     "output_hidden_states",
     "logits_to_keep",  # prepared by stock for its own prefill
     "return_dict",
@@ -269,7 +269,8 @@ def check_tokenizers(tokenizer: Any, assistant_tokenizer: Any) -> None:
         return
     if tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
         raise ValueError(
-            "`tokenizer` and `assistant_tokenizer` have different vocabularies; the assistant must share the model's."
+            "`tokenizer` and `assistant_tokenizer` have different vocabularies; the assistant must share the model's. "
+            f"Stock decodes with such a pair: pass {OFF}."
         )
 
 
