@@ -1,4 +1,7 @@
-"""What storage takes of a text while it is decoded under a large budget, and what growing it costs."""
+"""What storage takes of a text while it is decoded under a large budget, and what growing it costs.
+
+    python tests/tools/storage_growth.py
+"""
 
 from __future__ import annotations
 
