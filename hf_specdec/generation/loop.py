@@ -85,14 +85,17 @@ class DecodingLoop:
         if generation_config is None:
             raise ValueError("`DecodingLoop` is called by `generate()`: pass it as `custom_generate=`.")
         strategy = self.make_strategy()
-        windows = admission.admit(model, generation_config, synced_gpus) if windows is None else windows
+        if windows is None:
+            admission.give_way(generation_config, model.generation_config)
+            windows = admission.admit(model, generation_config, synced_gpus)
         chain = logits_processor or LogitsProcessorList()
         state = self._prepare(strategy, model, input_ids, chain, generation_config, list(windows), model_kwargs)
         criteria = stopping_criteria or StoppingCriteriaList()
         strategy = self._for_processors(strategy, state, criteria)
         emitter = self._emitter(strategy, state, criteria, streamer)
         past = model_kwargs.get("past_key_values")
-        returned = generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)
+        past = past if admission.given_by_caller(past) else None
+        returned = generation_config.return_dict_in_generate or past is not None
         keep_cache = bool(returned) and strategy.whole_model
         groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
         with strategy.session(state):
@@ -129,7 +132,7 @@ class DecodingLoop:
         model_kwargs: dict[str, Any],
     ) -> DecodingState:
         """Check the call and build its state; nothing has been computed or changed by then."""
-        admission.check_arguments(model_kwargs)
+        admission.check_arguments(model, model_kwargs)
         programs.check(self.config.compile, self.config.kernels, model)
         strategy.prepare(model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])

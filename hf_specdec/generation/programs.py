@@ -168,6 +168,7 @@ class GraphRunner(FixedWidthRunner):
         super().__init__(model, *args, **kwargs)
         self.programs: dict[Any, Program] = {}
         self.record = RECORDERS[self.device.type](self.device)
+        self.cache.spare = self.widths[-1]  # where rows that have finished write
         self._storage: list[int] = []
 
     def rehearse(self, run: Run) -> None:
@@ -190,6 +191,7 @@ class GraphRunner(FixedWidthRunner):
         The first forward runs uncaptured, since it makes the storage.
         """
         m, score = tokens.shape[1], request.score
+        self.cache.reserve(max(starts) + max([m, *self.widths]))  # before anything knows the storage's width
         width = self.padded(m, self.widths if score is None else self.widths[-1:])
         if width is None:
             return super().forward(tokens, starts, request)
@@ -199,11 +201,15 @@ class GraphRunner(FixedWidthRunner):
         return self._program(width, request)(tokens, starts, last)
 
     def _program(self, width: int, request: ForwardRequest) -> Program:
-        storage = [layer.keys.data_ptr() for layer in self.cache.layers if layer.is_initialized]
+        layers = self.cache.layers
+        storage = [layers[0].capacity, *(layer.keys.data_ptr() for layer in layers if layer.is_initialized)]
         if storage != self._storage:  # it has grown: what was captured writes memory that is no longer ours
             self.programs.clear()
             self.record, self._storage = RECORDERS[self.device.type](self.device), storage
-        key = (width, request.hidden, request.score is not None, request.view is not None)
+        view = request.score if request.view is None else request.view
+        # the buffers of a view are as wide as what it selects
+        selected = view.selected if isinstance(view, ChosenView) else None
+        key = (width, request.hidden, request.score is not None, request.view is not None, selected)
         if key not in self.programs:
             self.programs[key] = Program(self, width, request)
         return self.programs[key]

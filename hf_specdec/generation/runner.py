@@ -56,6 +56,7 @@ class ModelRunner:
         self.layers = len(cache.layers) if layers is None else layers
         self.device = _compat.input_device(model)
         self.last_position = max_length - 1
+        cache.coarse |= self.fixed or self.device.type != "cpu"
         self._prefill_options = (
             {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         )
@@ -125,6 +126,7 @@ class ModelRunner:
         """
         self.cache.exact_slices = True
         width = tokens.shape[1]
+        self.cache.reserve(width)
         try:
             for start in range(cached, width, chunk or width):
                 part = tokens[:, start : min(width, start + (chunk or width))]

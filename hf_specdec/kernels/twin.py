@@ -197,6 +197,7 @@ class Proxy(nn.Module):
     def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
         self.__dict__.update(_module=module, _run=run)
+        self._parameters = module._parameters  # some models ask their parameters for the device
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)

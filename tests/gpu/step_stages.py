@@ -62,6 +62,7 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
     config, longest = model.config, context + 64
     note = {"mode": mode, "layers": config.num_hidden_layers, "rows": rows, "context": context}
     cache = SpeculativeCache([None] * config.num_hidden_layers, rows, longest + QUERIES)
+    cache.reserve(longest + QUERIES)
     like = torch.empty(rows, config.num_key_value_heads, 1, config.head_dim, device=run.device, dtype=run.dtype)
     for layer in cache.layers:
         layer.lazy_initialization(like, like)

@@ -105,8 +105,8 @@ class SlimDrafter(Drafter):
         self.reader = None
         if not self.shared:  # with the model's own attention
             with state.timed("prefill"):
-                capacity = state.longest + self.config.num_assistant_tokens + 1
-                cache = SpeculativeCache(state.windows, len(state.active), capacity, state.target.cache.kernels)
+                limit = state.longest + self.config.num_assistant_tokens + 1
+                cache = SpeculativeCache(state.windows, len(state.active), limit, state.target.cache.kernels)
                 self.reader = Reader.read_prompts(state, self._runner(state, cache))
             state.followers.append(self.reader)
         state.stats.method.update(
