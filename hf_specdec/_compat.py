@@ -6,6 +6,7 @@ Each entry says which releases need it, so that it can be dropped when the suppo
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,40 @@ def set_attention_name(config: PreTrainedConfig, name: str | None) -> None:
 def attention_can_be_replaced(model: PreTrainedModel) -> bool:
     """Whether `model`'s attention goes through `AttentionInterface` (the public setter only warns otherwise)."""
     return bool(model._can_set_attn_implementation())
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Return where `module` takes its input, also where Accelerate keeps its weights elsewhere between forwards."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    hook = next(m._hf_hook for m in module.modules() if hasattr(m, "_hf_hook"))  # private in all releases of it
+    hooks: Any = getattr(hook, "hooks", [hook])
+    return torch.device(next(each.execution_device for each in hooks if hasattr(each, "execution_device")))
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where `model` takes its tokens."""
+    return device_of(model.get_input_embeddings())
+
+
+def adapters_of_rows(module: torch.nn.Module) -> list[str] | None:
+    """Return the adapter of each row in a mixed batch of PEFT (`adapter_names=`), if the model's call has one."""
+    # private in PEFT 0.13 to 0.21, but the names reach us no other way; the last hook decides, as a call that raised
+    # leaves its hooks
+    for hook in reversed(module._forward_pre_hooks.values()):
+        if isinstance(hook, functools.partial) and hook.keywords.get("adapter_names") is not None:
+            return list(hook.keywords["adapter_names"])
+    return None
+
+
+def hooks_for_rows(module: torch.nn.Module, names: list[str]) -> OrderedDict[int, Any]:
+    """Return the hooks of `module` with other adapters of the rows, read at each forward."""
+    hooks = OrderedDict(module._forward_pre_hooks)
+    for key, hook in hooks.items():
+        if isinstance(hook, functools.partial):
+            hooks[key] = functools.partial(hook.func, adapter_names=names)
+    return hooks
 
 
 def is_tensor_parallel(model: PreTrainedModel) -> bool:

@@ -34,7 +34,7 @@ _OFF = "off"
 _FIELDS = ("assistant_strategy", "assistant_strategy_config")
 _MARK = "_hf_specdec_original"
 _TAKEN = ("assistant_model", "assistant_tokenizer", "tokenizer")
-_UNSUPPORTED_FIELDS = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": None}
+_ASSISTANT_FIELDS = {"num_assistant_tokens_schedule": "constant", "assistant_confidence_threshold": None}
 
 
 def decoding_loop(
@@ -177,8 +177,8 @@ class _Call:
 
     def value(self, name: str) -> Any:
         """Return the value of a generation field that somebody set, before stock fills in its defaults."""
-        if self.keywords.get(name) is not None:
-            return self.keywords[name]
+        if name in self.keywords:
+            return self.keywords[name]  # None too: stock takes it over what is saved
         for source in (self.keywords.get("generation_config"), getattr(self.model, "generation_config", None)):
             if getattr(source, name, None) is not None and not _compat.is_filled_in(source, name):
                 return getattr(source, name)
@@ -193,31 +193,72 @@ class _Call:
                 setattr(merged, name, value)
         return merged
 
-    def for_stock(self) -> dict[str, Any]:
+    def resolve(self) -> SpeculationConfig:
+        """Return the strategy's config with the call's settings in it."""
+        from .resolve import resolve_strategy
+
+        hub = {name: self.keywords[name] for name in HUB_KEYWORDS if name in self.keywords}
+        tokens = self.value("num_assistant_tokens")
+        return resolve_strategy(self.strategy, self.settings, num_assistant_tokens=tokens, **hub)
+
+    def give_way(self, config: GenerationConfig) -> dict[str, Any]:
+        """Do `admission.give_way` for `config`; raise `ValueError` for fields of stock's assistants in the call.
+
+        The official hook does not read these fields, as stock drops them there.
+        """
+        from .generation import admission
+
+        asked = [name for name, value in self.keywords.items() if value is not None]
+        allowed = {**admission.ALLOWED, **_ASSISTANT_FIELDS}
+        changed = admission.give_way(config, self.model.generation_config, asked, allowed)
+        for name, neutral in _ASSISTANT_FIELDS.items():
+            value = getattr(config, name, None)
+            if value not in (None, neutral):
+                raise ValueError(
+                    f"`{name}={value!r}` has no effect under `assistant_strategy`; allowed: {neutral!r}, or "
+                    f"{admission.OFF}."
+                )
+        return changed
+
+    def for_stock(self, changed: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords for stock when our loop decodes: without what the loop has taken over.
 
         `stop_strings` become a criterion here, because stock loses the tokenizer when the loop is a callable.
+
+        Args:
+            changed (`dict[str, Any]`): what stands in for saved settings (see `admission.give_way`).
         """
         ours = (*_TAKEN, *HUB_KEYWORDS, "custom_generate")
         keywords = {name: value for name, value in self.keywords.items() if name not in ours}
+        changes = {name: value for name, value in changed.items() if value is not None}
+        if keywords.get("past_key_values") is not None and keywords.get("cache_implementation") is None:
+            changes["cache_implementation"] = None  # stock takes one of the two
         strings = self.value("stop_strings")
-        if strings is None:
-            return keywords
-        from transformers import StoppingCriteriaList, StopStringCriteria
+        if strings is not None:
+            from transformers import StoppingCriteriaList, StopStringCriteria
 
-        if self.keywords.get("tokenizer") is None:
-            raise ValueError("`stop_strings` needs `tokenizer=` in the call, as without `assistant_strategy`.")
-        criteria = StoppingCriteriaList(keywords.get("stopping_criteria") or [])
-        criteria.append(StopStringCriteria(tokenizer=self.keywords["tokenizer"], stop_strings=strings))
-        keywords["stopping_criteria"] = criteria
-        given = keywords.get("generation_config")
-        if getattr(given, "stop_strings", None) is not None:
-            keywords["generation_config"] = copy.deepcopy(given)
-            keywords["generation_config"].stop_strings = None
-        own = getattr(self.model.generation_config, "stop_strings", None)
-        if keywords.get("stop_strings") is not None or own is not None:
-            keywords["stop_strings"] = None
-        return keywords
+            if self.keywords.get("tokenizer") is None:
+                raise ValueError("`stop_strings` needs `tokenizer=` in the call, as without `assistant_strategy`.")
+            criteria = StoppingCriteriaList(keywords.get("stopping_criteria") or [])
+            criteria.append(StopStringCriteria(tokenizer=self.keywords["tokenizer"], stop_strings=strings))
+            keywords["stopping_criteria"] = criteria
+            changes["stop_strings"] = None
+        return self._changed(keywords, changes)
+
+    def _changed(self, keywords: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """Return keywords under which stock's settings are `changes`, and the caller's config is as it was.
+
+        A config of the call is copied and changed, since stock warns of keywords beside one; but where it says None,
+        the model's own counts.
+        """
+        given = copy.deepcopy(keywords.get("generation_config"))
+        if given is None:
+            return {**keywords, **changes}
+        for name, value in changes.items():
+            setattr(given, name, value)
+            if name in keywords or (value is None and getattr(self.model.generation_config, name, None) is not None):
+                keywords[name] = value
+        return {**keywords, "generation_config": given}
 
 
 def _generate(
@@ -225,31 +266,30 @@ def _generate(
 ) -> Any:
     """Resolve the strategy and run stock `generate` with our loop in it."""
     from .generation import admission
+    from .registry import strategy_class
 
     call = _Call.read(model, args, kwargs)
+    given = call.keywords
     if call.strategy == _OFF:
-        return original(model, **call.keywords)
+        return original(model, **given)
     config = call.generation_config()
     conflicts = admission.conflicting_modes(config)
-    if call.keywords.get("custom_generate") is not None:
+    if given.get("custom_generate") is not None:
         conflicts.append("custom_generate")
     named = f"`assistant_strategy={call.strategy!r}`"
-    if conflicts and not call.asked:
-        logger.warning_once(f"{named} of the saved generation config gives way to {', '.join(conflicts)}.")
-        return original(model, **call.keywords)
+    if conflicts and call.asked:
+        raise admission.refusal(named, conflicts)
+    if not conflicts:
+        strategy = call.resolve()
+        unused = given.get("assistant_model") is not None and not strategy_class(strategy.strategy).needs_assistant
+        conflicts = ["assistant_model"] if unused and not call.asked else []
     if conflicts:
-        raise ValueError(f"{named} can't be combined with {', '.join(conflicts)}; leave one of them out.")
-    for name, neutral in _UNSUPPORTED_FIELDS.items():
-        value = call.value(name)
-        if value not in (None, neutral):
-            raise ValueError(f"`{name}={value!r}` has no effect under `assistant_strategy`; allowed: {neutral!r}.")
-    given = call.keywords
-    loop = decoding_loop(
-        call.strategy,
-        settings=call.settings,
-        num_assistant_tokens=call.value("num_assistant_tokens"),
-        **{name: given[name] for name in (*_TAKEN, "streamer", *HUB_KEYWORDS) if name in given},
-    )
+        logger.warning_once(f"{named} of the saved generation config gives way to {', '.join(conflicts)}.")
+        return original(model, **given)
+    changed = call.give_way(config)
     # before stock, which may run an encoder or build a cache; the loop takes the result
     windows = admission.admit(model, config, bool(given.get("synced_gpus")))
-    return original(model, custom_generate=functools.partial(loop, windows=windows), **call.for_stock())
+    admission.check_inputs(model, given)
+    own = {name: given[name] for name in (*_TAKEN, "streamer") if name in given}
+    loop = functools.partial(decoding_loop(strategy, **own), windows=windows)
+    return original(model, custom_generate=loop, **call.for_stock(changed))

@@ -22,10 +22,11 @@ from ..cache.speculative import SpeculativeCache
 from ..generation import admission
 from ..generation.methods.specbound.exit_heads import ExitHeads, ExitReader, before_each, load_exit_heads
 from ..generation.methods.specbound.method import SpecBoundConfig, annealed_confidence
-from ..generation.models.layerwise import Layerwise, Staircase, watched
+from ..generation.models.layerwise import Layerwise, Staircase, watching
 from ..generation.models.surgery import decoder_layers
 from ..generation.runner import ModelRunner
-from ..kernels.dispatch import register, speculative_attention
+from ..kernels.dispatch import register
+from ..kernels.twin import twin_of
 from ..training.data import Sampling, answers
 from .run import Arm, measure
 
@@ -99,8 +100,8 @@ def trace_exits(model: PreTrainedModel, heads: ExitHeads, text: torch.Tensor, pr
     """Return what the exits say along the answer of a text `[1, T]` that the model wrote after `prompt` tokens."""
     parts = Layerwise(model)
     depth, ids = len(parts.layers), text[:, :-1]
-    with watched(model, [*heads.layers, depth]) as states:
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    states: dict[int, torch.Tensor] = {}
+    watching(model, [*heads.layers, depth], states)(input_ids=ids, use_cache=False, logits_to_keep=1)
     call = parts.record(input_ids=ids, use_cache=False).calls[-1]
     answer, wanted = slice(prompt - 1, None), text[0, prompt:]
     trace = Trace({}, {})
@@ -199,37 +200,36 @@ def profile_specbound(
     windows, length = admission.layer_windows(model), prompt.shape[1]
     runner = ModelRunner(model, SpeculativeCache(windows, 1, length + width + 2), length + width + 2)
     runner.prefill(prompt, 0, None)
-    with speculative_attention(model), speculative_attention(heads):
-        parts = Layerwise(model)
-        token = prompt[:, -1:]
-        logits = runner.forward(token, [length - 1]).logits
-        parts.check(runner, token, length - 1, logits)
-        staircase, tail = Staircase(parts, runner, width + 1), parts.tail()
-        reader = ExitReader(heads, parts, windows[-1], length + width + 2)
-        if heads.kind == "block":
-            recording = parts.record_at(runner, prompt, 0)
-            states = recording.hidden
-            reader.start(dict.fromkeys(heads.layers, states), states, recording)
-        times: dict[str, list[float]] = {}
-        for _ in range(repeats):
-            for count in range(1, width + 2):
-                staircase.restart(length)
-                with clocked(times, f"token {count}"):
-                    for _ in range(count):
-                        staircase.push(token)
-                with clocked(times, f"layer {count}"):
-                    while staircase.depths[-1] < len(parts.layers):
-                        staircase.advance()
-                with clocked(times, f"head {count}"):
-                    tail(parts.norm(staircase.states[:, :count])).argmax(dim=-1).tolist()
-            exit_at = heads.layers[0]
+    parts, heads = Layerwise(runner.twin), twin_of(heads)
+    token = prompt[:, -1:]
+    logits = runner.forward(token, [length - 1]).logits
+    parts.check(runner, token, length - 1, logits)
+    staircase, tail = Staircase(parts, runner, width + 1), parts.tail()
+    reader = ExitReader(heads, parts, windows[-1], length + width + 2)
+    if heads.kind == "block":
+        recording = parts.record_at(runner, prompt, 0)
+        states = recording.hidden
+        reader.start(dict.fromkeys(heads.layers, states), states, recording)
+    times: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for count in range(1, width + 2):
             staircase.restart(length)
-            staircase.push(token)
-            for depth in heads.layers:
-                reader.note(depth, staircase, 0)
-            with clocked(times, "test"):
-                bool(annealed_confidence(reader.logits(exit_at, staircase), 1.1) >= 1)
-            reader.commit(1, staircase, staircase.states[:, :1])
+            with clocked(times, f"token {count}"):
+                for _ in range(count):
+                    staircase.push(token)
+            with clocked(times, f"layer {count}"):
+                while staircase.depths[-1] < len(parts.layers):
+                    staircase.advance()
+            with clocked(times, f"head {count}"):
+                tail(parts.norm(staircase.states[:, :count])).argmax(dim=-1).tolist()
+        exit_at = heads.layers[0]
+        staircase.restart(length)
+        staircase.push(token)
+        for depth in heads.layers:
+            reader.note(depth, staircase, 0)
+        with clocked(times, "test"):
+            bool(annealed_confidence(reader.logits(exit_at, staircase), 1.1) >= 1)
+        reader.commit(1, staircase, staircase.states[:, :1])
     middle = {name: statistics.median(values[1:]) for name, values in times.items()}
     counts = range(1, width + 2)
     layer = [middle[f"layer {count}"] / len(parts.layers) for count in counts]

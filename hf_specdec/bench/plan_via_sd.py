@@ -29,7 +29,7 @@ from ..generation.methods.via_sd.slim_model import Slim, Units, slim_model
 from ..generation.models.surgery import decoder_layers
 from ..generation.models.vocabulary import pad_vocabulary
 from ..generation.runner import ModelRunner
-from ..kernels.dispatch import register, speculative_attention
+from ..kernels.dispatch import register
 from ..training.scoring import SlimScorer, margin_cost
 from .calibrate_specbound import clocked
 
@@ -189,18 +189,17 @@ def measure_costs(
         runners[name] = ModelRunner(base, SpeculativeCache(windows, 1, room), room)
         runners[name].prefill(prompt, 0, None)
     times: dict[str, list[float]] = {}
-    with speculative_attention(model), speculative_attention(assistant):
-        twin = slim_model(model, units, slim.keep, slim.terms)
-        runners["slim"] = ModelRunner(twin, runners["full"].cache, room, units.attentions(slim.keep))
-        cases = [("draft", 1), *((name, count) for count in range(1, width + 1) for name in ("full", "slim"))]
-        for _ in range(repeats + 1):
-            for name, count in cases:
-                tokens = prompt[:, -1:].expand(1, count)
-                if prompt.device.type == "cuda":
-                    torch.cuda.synchronize()
-                with clocked(times, f"{name} {count}"):
-                    runners[name].forward(tokens, [length]).logits.argmax(dim=-1).tolist()
-            progress("costs")
+    without = slim_model(model, units, slim.keep, slim.terms)
+    runners["slim"] = ModelRunner(without, runners["full"].cache, room, units.attentions(slim.keep))
+    cases = [("draft", 1), *((name, count) for count in range(1, width + 1) for name in ("full", "slim"))]
+    for _ in range(repeats + 1):
+        for name, count in cases:
+            tokens = prompt[:, -1:].expand(1, count)
+            if prompt.device.type == "cuda":
+                torch.cuda.synchronize()
+            with clocked(times, f"{name} {count}"):
+                runners[name].forward(tokens, [length]).logits.argmax(dim=-1).tolist()
+        progress("costs")
     middle = {name: statistics.median(values[1:]) for name, values in times.items()}
     one = middle["full 1"]
     full, lean = ([middle[f"{name} {count}"] / one for count in range(1, width + 1)] for name in ("full", "slim"))

@@ -1,8 +1,9 @@
 """`FixedView`: a view whose shapes never change, so that the forwards that use it can be captured.
 
-Room for the longest text's budget is allocated at once. What differs from forward to forward (candidates, counts,
-columns) are numbers on the device, which are written before a captured forward runs. The layers' scores are kept until
-all have run; then one selection and one copy serve all of them.
+Buffers have room for the budget of a text that fills the cache's storage, and are made anew when that has grown.
+What differs from forward to forward (candidates, counts, columns) are numbers on the device, which are written before
+a captured forward runs. The layers' scores are kept until all have run; then one selection and one copy serve all of
+them.
 """
 
 from __future__ import annotations
@@ -35,10 +36,16 @@ class FixedView(ChosenView):
 
     def __init__(self, cache: SpeculativeCache, selector: FixedSelector, recents: int) -> None:
         super().__init__(cache, selector, recents)
+        self.cache = cache
         self.layers = [index for index, covered in enumerate(self.covered) if covered]
         self.metrics = torch.empty(0)
-        last, device = self.selected + recents - 1, selector.numbers.device
-        self.numbers = torch.tensor([[last], [last + 1]], device=device).repeat(1, cache.rows)
+        self.numbers = torch.zeros(2, cache.rows, dtype=torch.int64, device=selector.numbers.device)
+
+    def begin(self, starts: Sequence[int], last: Sequence[int]) -> None:
+        """Prepare for a target forward, dropping buffers that are too narrow since the storage has grown."""
+        if self.selector.fit(self.cache.layers[0].capacity):
+            self.buffers.reserve(self.selected + self.recents)
+        super().begin(starts, last)
 
     def take(
         self, layer_idx: int, metric: torch.Tensor, address: Address, keys: torch.Tensor, values: torch.Tensor
@@ -60,7 +67,7 @@ class FixedView(ChosenView):
             self.gather(address)
 
     def place(self, positions: Sequence[int]) -> None:
-        """Say at which position each row's next draft token stands; rows that are idle write the last column."""
+        """Say at which position each row's next draft token stands; idle rows keep theirs."""
         super().place(positions)
         self.numbers[:, : len(positions)].copy_(upload([self.columns, self.ends], self.numbers.device))
 

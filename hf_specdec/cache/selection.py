@@ -116,7 +116,7 @@ class FixedSelector(Selector):
     Args:
         arguments, rules: as for `Selector`.
         longest (`int`): tokens that a row can have at most.
-        device (`torch.device`): where the model is.
+        device (`torch.device`): where the model is. `fit` comes before the first selection.
 
     Attributes:
         numbers (`torch.Tensor` of shape `[2, rows]`, int64): `valid` and `counts`.
@@ -124,8 +124,14 @@ class FixedSelector(Selector):
 
     def __init__(self, *arguments: Any, longest: int, device: torch.device, **rules: Any) -> None:
         super().__init__(*arguments, **rules)
-        self.selected = self._most = self.budget(longest, longest)
+        self.longest, self._most = longest, 0
         self.numbers = torch.zeros(2, len(self.valid), dtype=torch.int64, device=device)
+
+    def fit(self, slots: int) -> bool:
+        """Choose as many tokens as texts of `slots` tokens may need; return whether that has changed."""
+        before, most = self._most, min(self.longest, slots)
+        self.selected = self._most = self.budget(most, most)
+        return self._most != before
 
     def _send(self) -> None:
         self.numbers[:, : len(self.valid)].copy_(upload([self.valid, self.counts], self.numbers.device))

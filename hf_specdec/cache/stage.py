@@ -23,7 +23,7 @@ class StageCache(SpeculativeCache):
     def __init__(self, whole: SpeculativeCache, first: int, end: int) -> None:
         Cache.__init__(self, layers=[*whole.layers])
         self.rows, self.step, self.exact_slices, self.kernels = whole.rows, None, False, whole.kernels
-        self.own = whole.layers[first:end]
+        self.own, self.limit, self.coarse, self.spare = whole.layers[first:end], whole.limit, whole.coarse, whole.spare
 
     @property
     def length(self) -> int:

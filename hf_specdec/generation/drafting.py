@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from ..cache.speculative import SpeculativeCache
 from ..configuration import SpeculationConfig
 from ..kernels.address import upload
-from ..kernels.dispatch import speculative_attention
 from ..kernels.request import ForwardRequest
 from ..registry import preset, strategy_class
 from . import admission, programs
@@ -133,13 +132,12 @@ class AssistantDrafter(Drafter):
     def prefill(self, state: DecodingState) -> None:
         """Read all prompt tokens but the last one with the assistant's own attention."""
         windows = admission.layer_windows(self.model, "assistant_model")
-        capacity = state.longest + self.limit + 1
-        cache = SpeculativeCache(windows, len(state.active), capacity, state.target.cache.kernels)
+        limit = state.longest + self.limit + 1
+        cache = SpeculativeCache(windows, len(state.active), limit, state.target.cache.kernels)
         # a round begins with the newest token, and after drafts that were all accepted with the last one before it
         runner = programs.make_runner(self.settings.compile, self.model, cache, state.longest, widths=[1, 2])
         self.reader = Reader.read_prompts(state, runner)
         state.followers.append(self.reader)
-        state.contexts.enter_context(speculative_attention(self.model))
         state.contexts.callback(runner.close)
         runner.warm_up(state.pending, self.reader.known, ForwardRequest(hidden=self.hidden))
 

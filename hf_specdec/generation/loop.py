@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from .. import _compat
 from ..configuration import SpeculationConfig
-from ..kernels.dispatch import speculative_attention
 from ..registry import config_class, strategy_class
 from . import admission, programs
 from .output import Emitter, custom_criteria
@@ -86,14 +85,17 @@ class DecodingLoop:
         if generation_config is None:
             raise ValueError("`DecodingLoop` is called by `generate()`: pass it as `custom_generate=`.")
         strategy = self.make_strategy()
-        windows = admission.admit(model, generation_config, synced_gpus) if windows is None else windows
+        if windows is None:
+            admission.give_way(generation_config, model.generation_config)
+            windows = admission.admit(model, generation_config, synced_gpus)
         chain = logits_processor or LogitsProcessorList()
         state = self._prepare(strategy, model, input_ids, chain, generation_config, list(windows), model_kwargs)
         criteria = stopping_criteria or StoppingCriteriaList()
         strategy = self._for_processors(strategy, state, criteria)
         emitter = self._emitter(strategy, state, criteria, streamer)
         past = model_kwargs.get("past_key_values")
-        returned = generation_config.return_dict_in_generate or getattr(past, "_is_user_defined", False)
+        past = past if admission.given_by_caller(past) else None
+        returned = generation_config.return_dict_in_generate or past is not None
         keep_cache = bool(returned) and strategy.whole_model
         groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
         with strategy.session(state):
@@ -102,9 +104,8 @@ class DecodingLoop:
             finished = [self._decode(strategy, state, emitter, rows) for rows in groups if strategy.controls]
         end = max(state.text.columns)
         if keep_cache or emitter.collected:
-            with speculative_attention(model):
-                for target, order in finished:
-                    self._complete(strategy, state, emitter, target, order, end)
+            for target, order in finished:
+                self._complete(strategy, state, emitter, target, order, end)
         if emitter.streamer is not None:
             emitter.streamer.end()
         if strategy.controls:
@@ -131,7 +132,7 @@ class DecodingLoop:
         model_kwargs: dict[str, Any],
     ) -> DecodingState:
         """Check the call and build its state; nothing has been computed or changed by then."""
-        admission.check_arguments(model_kwargs)
+        admission.check_arguments(model, model_kwargs)
         programs.check(self.config.compile, self.config.kernels, model)
         strategy.prepare(model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])
@@ -149,7 +150,8 @@ class DecodingLoop:
         )
         rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
         stats = SpeculationStats(strategy=self.config.strategy, accept_lengths=rows, timed=timings_wanted())
-        state = DecodingState(model, prompt, generation_config, ProcessorChain(processors), windows, stats)
+        adapters = admission.row_adapters(model, input_ids.shape[0], self.config.compile)
+        state = DecodingState(model, prompt, generation_config, ProcessorChain(processors), windows, stats, adapters)
         if not strategy.whole_model:
             admission.check_partial(model_kwargs.get("past_key_values"), generation_config, state.batch)
         if not strategy.lossless:
@@ -263,6 +265,7 @@ class DecodingLoop:
             return
         tokens = torch.nn.functional.pad(state.text.tokens[order], (0, width), value=state.pad_token)
         positions = torch.tensor(starts, device=tokens.device)[:, None] + torch.arange(width, device=tokens.device)
+        state.feed(order)
         output = target.forward(tokens.gather(1, positions), starts)
         for slot, (row, column, pads, fed) in enumerate(zip(order, columns, missing, lacking, strict=True)):
             if not pads:

@@ -8,10 +8,11 @@ as always.
 
 from __future__ import annotations
 
+import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,7 @@ from ..kernels.address import StaticAddress
 from ..kernels.opaque import EmptyCache, Entry
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from ..kernels.step import Step
+from ..kernels.twin import original_of
 from .runner import Forward, ModelRunner, head_input
 
 
@@ -166,6 +168,7 @@ class GraphRunner(FixedWidthRunner):
         super().__init__(model, *args, **kwargs)
         self.programs: dict[Any, Program] = {}
         self.record = RECORDERS[self.device.type](self.device)
+        self.cache.spare = self.widths[-1]  # where rows that have finished write
         self._storage: list[int] = []
 
     def rehearse(self, run: Run) -> None:
@@ -188,6 +191,7 @@ class GraphRunner(FixedWidthRunner):
         The first forward runs uncaptured, since it makes the storage.
         """
         m, score = tokens.shape[1], request.score
+        self.cache.reserve(max(starts) + max([m, *self.widths]))  # before anything knows the storage's width
         width = self.padded(m, self.widths if score is None else self.widths[-1:])
         if width is None:
             return super().forward(tokens, starts, request)
@@ -197,11 +201,15 @@ class GraphRunner(FixedWidthRunner):
         return self._program(width, request)(tokens, starts, last)
 
     def _program(self, width: int, request: ForwardRequest) -> Program:
-        storage = [layer.keys.data_ptr() for layer in self.cache.layers if layer.is_initialized]
+        layers = self.cache.layers
+        storage = [layers[0].capacity, *(layer.keys.data_ptr() for layer in layers if layer.is_initialized)]
         if storage != self._storage:  # it has grown: what was captured writes memory that is no longer ours
             self.programs.clear()
             self.record, self._storage = RECORDERS[self.device.type](self.device), storage
-        key = (width, request.hidden, request.score is not None, request.view is not None)
+        view = request.score if request.view is None else request.view
+        # the buffers of a view are as wide as what it selects
+        selected = view.selected if isinstance(view, ChosenView) else None
+        key = (width, request.hidden, request.score is not None, request.view is not None, selected)
         if key not in self.programs:
             self.programs[key] = Program(self, width, request)
         return self.programs[key]
@@ -230,7 +238,7 @@ class InductorRunner(FixedWidthRunner):
         super().__init__(model, *args, **kwargs)
         self.entry = Entry(self.cache)
         self.windows: dict[int, int | None] = {}
-        self.compiled = compiled(model)
+        self.compiled = compiled(original_of(self.model))
 
     def run_model(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
         """Run the compiled model; the first time the model as it is, to learn the layers' windows."""
@@ -244,7 +252,8 @@ class InductorRunner(FixedWidthRunner):
         inputs = self.inputs(tokens, step)
         padding = (0, width - m, 0, self.cache.rows - n)
         ids, positions = (torch.nn.functional.pad(inputs[name], padding) for name in ("input_ids", "position_ids"))
-        logits, states = self.compiled(ids, positions, EmptyCache(self.cache.windows), self.entry.number, hidden)
+        cache = EmptyCache(self.cache.windows)
+        logits, states = self.compiled(self.twin, ids, positions, cache, self.entry.number, hidden)
         return Forward(logits[:n, :m], None if states is None else states[:n, :m])
 
     def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> None:
@@ -273,23 +282,26 @@ _OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"freezing": True, "cpp_wrapper": 
 
 
 class Compiled:
-    """One model's compiled forwards, with and without the LM head's input.
+    """One model's compiled forwards, with and without the LM head's input; they serve each of its twins.
 
     Args:
-        model (`PreTrainedModel`): what is compiled; it is not kept alive.
+        device (`torch.device`): the model's.
         weights (`int`, *optional*): the sum of its weights, where they are frozen into the code.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: int | None) -> None:
+    def __init__(self, device: torch.device, weights: int | None) -> None:
         self.weights = weights
-        reference = weakref.ref(model)
 
         def run(
-            ids: torch.Tensor, positions: torch.Tensor, cache: EmptyCache, number: torch.Tensor, hidden: bool
+            twin: PreTrainedModel,
+            ids: torch.Tensor,
+            positions: torch.Tensor,
+            cache: EmptyCache,
+            number: torch.Tensor,
+            hidden: bool,
         ) -> Any:
-            found = cast(PreTrainedModel, reference())
-            with head_input(found, hidden) as seen:
-                output = found(
+            with head_input(twin, hidden) as seen:
+                output = twin(
                     input_ids=ids,
                     position_ids=positions,
                     past_key_values=cache,
@@ -301,13 +313,16 @@ class Compiled:
 
         # compiled code is found by the code object, so every model, and every state of its weights, needs its own
         own = types.FunctionType(run.__code__.replace(), run.__globals__, "run", run.__defaults__, run.__closure__)
-        self._run = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS.get(model.device.type))
+        self._run = torch.compile(own, fullgraph=True, dynamic=False, options=_OPTIONS.get(device.type))
 
     def __call__(self, *inputs: Any) -> Forward:
-        """Run it; arguments are ids `[n, m]`, their positions, an `EmptyCache`, an entry's number, and `hidden`."""
-        with torch._dynamo.config.patch(_DYNAMO):
+        """Run it on a twin, ids `[n, m]`, their positions, an `EmptyCache`, an entry's number, and `hidden`."""
+        with _lock, torch._dynamo.config.patch(_DYNAMO):
             return Forward(*self._run(*inputs))
 
+
+_lock = threading.Lock()
+"""Dynamo's settings are the process's: threads that compile, or may have to, take turns."""
 
 _compiled: weakref.WeakKeyDictionary[PreTrainedModel, Compiled] = weakref.WeakKeyDictionary()
 
@@ -316,7 +331,7 @@ def compiled(model: PreTrainedModel) -> Compiled:
     """Return `model`'s compiled forwards: made once, and anew when weights that are frozen into them have changed."""
     weights = sum_of_weights(model) if _OPTIONS.get(model.device.type, {}).get("freezing") else None
     if model not in _compiled or _compiled[model].weights != weights:
-        _compiled[model] = Compiled(model, weights)
+        _compiled[model] = Compiled(model.device, weights)
     return _compiled[model]
 
 

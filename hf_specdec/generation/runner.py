@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from .. import _compat
 from ..cache.speculative import SpeculativeCache
 from ..kernels.address import Address
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
 from ..kernels.step import Step
+from ..kernels.twin import twin_of, without_checkpointing
 
 
 class Forward(NamedTuple):
@@ -32,11 +34,15 @@ class ModelRunner:
     """Runs `model` over `cache`.
 
     Args:
-        model (`PreTrainedModel`): a causal language model; `kernels.dispatch.speculative_attention` must be active.
+        model (`PreTrainedModel`): a causal language model; it stays as it is.
         cache (`SpeculativeCache`): its keys and values.
         max_length (`int`): tokens that a row can have at most; fed positions are clamped below it, because the unused
             tail of a block may pass the end of a learned position table.
         layers (`int`, *optional*): layers whose attention runs; all of the cache's by default.
+
+    Attributes:
+        model (`PreTrainedModel`): what reads prompts, with its own attention.
+        twin (`PreTrainedModel`): its copy that attends by the package's kernels, for all other forwards.
     """
 
     fixed: ClassVar[bool] = False
@@ -45,10 +51,12 @@ class ModelRunner:
     def __init__(
         self, model: PreTrainedModel, cache: SpeculativeCache, max_length: int, layers: int | None = None
     ) -> None:
-        self.model, self.cache = model, cache
+        self.model, self.cache = without_checkpointing(model), cache
+        self.twin = twin_of(self.model)
         self.layers = len(cache.layers) if layers is None else layers
-        self.device = cast(torch.Tensor, model.get_input_embeddings().weight).device
+        self.device = _compat.input_device(model)
         self.last_position = max_length - 1
+        cache.coarse |= self.fixed or self.device.type != "cpu"
         self._prefill_options = (
             {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         )
@@ -86,8 +94,8 @@ class ModelRunner:
 
     def run_model(self, tokens: torch.Tensor, step: Step, hidden: bool) -> Forward:
         """Run the model over `tokens` `[n, m]`, which lie where `step` says."""
-        with head_input(self.model, hidden) as seen:
-            output = self.model(**self.inputs(tokens, step), return_dict=True)
+        with head_input(self.twin, hidden) as seen:
+            output = self.twin(**self.inputs(tokens, step), return_dict=True)
         return Forward(output.logits, seen[0] if hidden else None)
 
     def warm_up(self, tokens: torch.Tensor, starts: Sequence[int], request: ForwardRequest = TOKENS_ONLY) -> None:
@@ -108,7 +116,7 @@ class ModelRunner:
         }
 
     def prefill(self, tokens: torch.Tensor, cached: int, chunk: int | None) -> None:
-        """Fill the storage of every row with the model's own attention, which must be active.
+        """Fill the storage of every row with the model's own attention.
 
         Args:
             tokens (`torch.Tensor` of shape `[n, m]`, int64): left-aligned ids; what follows a row's end is overwritten
@@ -118,6 +126,7 @@ class ModelRunner:
         """
         self.cache.exact_slices = True
         width = tokens.shape[1]
+        self.cache.reserve(width)
         try:
             for start in range(cached, width, chunk or width):
                 part = tokens[:, start : min(width, start + (chunk or width))]

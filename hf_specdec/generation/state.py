@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..kernels.dispatch import speculative_attention
 from ..kernels.request import TOKENS_ONLY, ForwardRequest
+from ..kernels.twin import with_adapters
 from .models.vocabulary import OUTSIDE
 from .processors import ProcessorChain
 from .prompt import Prompt
@@ -41,12 +41,13 @@ class DecodingState:
     """The call as strategies see it.
 
     Args:
-        model (`PreTrainedModel`): the target.
+        model (`PreTrainedModel`): the target, or a copy of it where rows have adapters of their own.
         prompt (`Prompt`): its input.
         generation_config (`GenerationConfig`): as prepared by `generate()`.
         processors (`ProcessorChain`): the caller's logits processors.
         windows (`list[int | None]`): per layer its sliding window.
         stats (`SpeculationStats`): counters.
+        adapters (`list[str]`, *optional*): adapter of each row, where they differ (PEFT's `adapter_names`).
 
     Attributes:
         text (`Text`): the tokens of all rows, in the caller's order.
@@ -65,8 +66,11 @@ class DecodingState:
         processors: ProcessorChain,
         windows: list[int | None],
         stats: SpeculationStats,
+        adapters: list[str] | None = None,
     ) -> None:
-        self.model, self.prompt, self.generation_config = model, prompt, generation_config
+        self.prompt, self.generation_config = prompt, generation_config
+        self._adapters, self._fed = adapters, list[str]()
+        self.model = model if self._adapters is None else with_adapters(model, self._fed)
         self.processors, self.windows, self.stats = processors, windows, stats
         self.do_sample = bool(generation_config.do_sample)
         self.greedy_temperature: float | None = None
@@ -270,7 +274,6 @@ class DecodingState:
         level = len(set(cached)) == 1
         if level and max(ends) > cached[0]:
             self.target.prefill(tokens[:, : max(ends)], cached[0], chunk)
-        self.contexts.enter_context(speculative_attention(self.model))
         if not level:
             self.target.extend(tokens, cached, ends, chunk or _EXTEND_CHUNK)
         cache.set_lengths(ends)
@@ -284,6 +287,12 @@ class DecodingState:
     def activate(self, rows: Sequence[int], target: ModelRunner, eos: frozenset[int]) -> None:
         """Make `rows` active, with a fresh cache."""
         self.active, self.target, self.followers, self._eos = list(rows), target, [target.cache], eos
+        self.feed(rows)
+
+    def feed(self, rows: Sequence[int]) -> None:
+        """Say which rows the next forwards run, for adapters that differ from row to row."""
+        if self._adapters is not None:
+            self._fed[:] = [self._adapters[row] for row in rows]
 
     def retire(self, slot: int) -> None:
         """Take the row in `slot` out of the active ones; its storage stays in the last active slot."""
@@ -291,6 +300,7 @@ class DecodingState:
         if slot != last:
             self.active[slot], self.active[last] = self.active[last], self.active[slot]
         self.active.pop()
+        self.feed(self.active)
         for follower in self.followers:
             if slot != last:
                 follower.swap(slot, last)

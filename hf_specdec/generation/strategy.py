@@ -161,7 +161,7 @@ class SpeculationStrategy:
         if assistant_model is not None and not self.needs_assistant:
             raise ValueError(
                 f"The strategy {name!r} does not use `assistant_model` (got {type(assistant_model).__name__}); leave "
-                'it out, or use `assistant_strategy="assisted"`.'
+                'it out, or use `assistant_strategy="assisted"`, or "off" for stock assisted generation.'
             )
         self.config = config
         self.assistant_model = assistant_model
@@ -213,9 +213,8 @@ class SpeculationStrategy:
 
     def make_cache(self, state: DecodingState, rows: int) -> SpeculativeCache:
         """Return the target's storage for `rows` rows."""
-        # products over a multiple of 64 slots are the fastest: on CPU an odd number costs a plain step some 4 %
-        capacity = -(-(state.longest + self.config.num_assistant_tokens + 1) // 64) * 64
-        return SpeculativeCache(state.windows, rows, capacity, self.config.kernels)
+        limit = state.longest + self.config.num_assistant_tokens + 1
+        return SpeculativeCache(state.windows, rows, limit, self.config.kernels)
 
     def make_runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
         """Return what runs the target over `cache`."""

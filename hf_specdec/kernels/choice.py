@@ -126,7 +126,10 @@ def attend_layer(
     attention = _ATTENTIONS[choose(step.kernels, Request.read(query, value, rules))]
     output, metric = attention(query, key, value, step.address, rules)
     if score is not None and metric is not None:
-        score.take(layer_idx, metric, step.address, key, value)
+        keys, values = step.storage
+        if metric.dim() == 3 and metric.shape[1] != keys.shape[1]:  # JetMoE repeats the heads that the cache holds
+            metric = metric.unflatten(1, (-1, keys.shape[1])).mean(dim=1)
+        score.take(layer_idx, metric, step.address, keys, values)
     return output
 
 

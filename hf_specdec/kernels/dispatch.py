@@ -1,23 +1,16 @@
-"""Our attention and mask functions, registered under one name, and the switch that makes a model use them for a while.
+"""Our attention and mask functions, registered under one name, which the configs of twins name (see `twin`).
 
-The attention function serves forwards that carry a `specdec_step` keyword. Any other forward of the model (by a
-caller's processor or criterion, say) runs the implementation that the config named before.
+The attention function serves forwards that carry a `specdec_step` keyword.
 """
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
-from .. import _compat
 from . import choice, opaque
 from .step import Step
 
@@ -27,7 +20,7 @@ _ALLOWED_TENSORS = {"position_ids", "s_aux", "cache_position"}
 
 
 class MaskSpec:
-    """What Transformers asked a mask for: enough to read the window, or to build the original mask."""
+    """What Transformers asked a mask for: enough to read the window."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments = arguments
@@ -61,25 +54,28 @@ def attention_function(
         query (`torch.Tensor` of shape `[n, h_q, m, d]`): queries, positions encoded.
         key, value (`torch.Tensor` of shape `[n, h_kv, S, d]`): what `SpeculativeCache.update` returned.
         attention_mask (`MaskSpec` or mask): from `mask_function`.
-        specdec_step (`Step` or `torch.Tensor`, *optional*): the forward's step, or the number of an `opaque.Entry`;
-            without it the model's own implementation runs.
+        specdec_step (`Step` or `torch.Tensor`): the forward's step, or the number of an `opaque.Entry`.
 
     Returns:
-        The output `[n, m, h_q, d_v]`, and `None` for the weights.
+        The output `[n, m, h_q, d_v]`, contiguous as stock's (some families view it), and `None` for the weights.
 
     Raises:
+        RuntimeError: without a step.
         ValueError: if the model's attention depends on something that this function does not know.
     """
     if specdec_step is None:
-        kwargs |= {name: own for name, own in (("softcap", softcap), ("s_aux", s_aux)) if own is not None}
-        return _original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        raise RuntimeError(
+            f"{type(module).__name__} was not given the forward's keyword `specdec_step`, so `assistant_strategy` "
+            "can't run this model."
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx = cast(int, getattr(module, "layer_idx", None))
     if isinstance(specdec_step, torch.Tensor):  # a forward that is compiled: the step is only named
-        return opaque.attend(query, key, value, specdec_step, layer_idx, scaling, softcap, s_aux).transpose(1, 2), None
-    specdec_step.windows[layer_idx] = _admit(module, layer_idx, attention_mask, kwargs)
-    output = choice.attend_layer(query, key, value, specdec_step, layer_idx, scaling, softcap, s_aux)
-    return output.transpose(1, 2), None
+        output = opaque.attend(query, key, value, specdec_step, layer_idx, scaling, softcap, s_aux)
+    else:
+        specdec_step.windows[layer_idx] = _admit(module, layer_idx, attention_mask, kwargs)
+        output = choice.attend_layer(query, key, value, specdec_step, layer_idx, scaling, softcap, s_aux)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: dict[str, Any]) -> int | None:
@@ -101,83 +97,6 @@ def _admit(module: torch.nn.Module, layer_idx: int | None, mask: Any, kwargs: di
             f"{type(module).__name__} changes the causal mask; `assistant_strategy` supports causal and sliding."
         )
     return None if mask is None else mask.window
-
-
-def _original(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
-) -> Any:
-    original = _switched.get(id(module.config), ("sdpa", None))[0]
-    if original == "eager":
-        function = __import__(type(module).__module__, fromlist=["x"]).eager_attention_forward
-    else:
-        function = ALL_ATTENTION_FUNCTIONS[original]
-    if isinstance(mask, MaskSpec):
-        build = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
-        mask = None if build is None else build(**mask.arguments)
-    return function(module, query, key, value, mask, **kwargs)
-
-
-class _Switch:
-    """What one model's switch changed, and how many contexts rely on it; the last one to end changes it back."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.users = 0
-        self.owners: list[tuple[Any, PreTrainedConfig]] = []
-        self.copies: dict[int, PreTrainedConfig] = {}
-        module: Any
-        for module in model.modules():
-            config = module.__dict__.get("config")
-            if isinstance(config, PreTrainedConfig):
-                self.owners.append((module, config))
-                module.config = self.copy(config)
-
-    def leave(self) -> None:
-        """End one context's use."""
-        self.users -= 1
-        if not self.users:
-            for module, config in self.owners:
-                module.config = config
-            for copied in self.copies.values():
-                del _switched[id(copied)]
-
-    def copy(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Return the one copy of `config` that names our attention, its sub-configs included."""
-        if id(config) not in self.copies:
-            copied = self.copies[id(config)] = copy.copy(config)
-            name = _compat.attention_name(config) or "eager"
-            _switched[id(copied)] = "sdpa" if name == ATTENTION else name, self
-            _compat.set_attention_name(copied, ATTENTION)
-            for key in config.sub_configs:
-                inner = getattr(config, key, None)
-                if isinstance(inner, PreTrainedConfig):
-                    setattr(copied, key, self.copy(inner))
-        return self.copies[id(config)]
-
-
-_lock = threading.Lock()
-
-# By the id of a config copy, which lives as long as its entry: the implementation that ours stands in for, and the
-# switch. The name in the copy is a plain string: torch.compile of some releases refuses a subclass.
-_switched: dict[int, tuple[str, _Switch]] = {}
-
-
-@contextmanager
-def speculative_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Make `model` use our attention inside the context; afterwards, and after an exception, its own again.
-
-    The model's modules (or those beside a model that have its config) are given copies of their configs that name our
-    attention. The configs themselves stay, because other models, in other threads, may share them. Contexts of one
-    model may overlap.
-    """
-    with _lock:
-        known = _switched.get(id(model.config))
-        switch = _Switch(model) if known is None else known[1]
-        switch.users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            switch.leave()
 
 
 def register() -> None:

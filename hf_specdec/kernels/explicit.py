@@ -16,7 +16,7 @@ from .request import AttentionRules, ScoreRequest
 _WHOLE_SHARE = 0.6
 """Share of the storage in use from which reading all of it beats reading a slice."""
 
-_GRAIN = 64
+GRAIN = 64
 """Slices begin and end at multiples of this: oneDNN prepares a bf16 product anew for every shape, and the two of one
 attention then take about as long as a decoder layer of a small model. So shapes should repeat from step to address."""
 
@@ -40,9 +40,9 @@ def cached_attention(
     n, heads, m, _ = query.shape
     key_heads, capacity = key.shape[1], key.shape[2]
     groups, window, score = heads // key_heads, rules.window, rules.score
-    first = 0 if window is None else max(0, address.low + 1 - window) // _GRAIN * _GRAIN
+    first = 0 if window is None else max(0, address.low + 1 - window) // GRAIN * GRAIN
     whole = first == 0 and address.high >= _WHOLE_SHARE * capacity
-    end = capacity if whole else min(capacity, -(-address.high // _GRAIN) * _GRAIN)
+    end = capacity if whole else min(capacity, -(-address.high // GRAIN) * GRAIN)
     rows = groups * m
 
     # [n * h_kv, S, d] @ [n * h_kv, d, rows]; the packed group shares each key that is read

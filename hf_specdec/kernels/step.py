@@ -21,6 +21,8 @@ class Step:
     Attributes:
         windows (`dict[int, int | None]`): the window of each layer that has attended.
         layers_seen, layers_attended (`int`): layers that have written the cache, and that have attended.
+        storage (`tuple`): keys and values `[n, h_kv, capacity, d]` of the layer that has written last. A model may
+            attend to others, which it made of these.
     """
 
     def __init__(self, address: Address, request: ForwardRequest = TOKENS_ONLY, kernels: str = "auto") -> None:
@@ -28,6 +30,7 @@ class Step:
         self.score, self.view = request.score, request.view
         self.windows: dict[int, int | None] = {}
         self.layers_seen = self.layers_attended = 0
+        self.storage: tuple[torch.Tensor, torch.Tensor]
         self.made: dict[Any, Any] = {}
 
     @once

@@ -13,7 +13,7 @@ from ..generation import admission
 from ..generation.methods.via_sd.slim_model import LowRankTerms, Units, slim_model
 from ..generation.models.layerwise import Layerwise
 from ..generation.runner import ModelRunner
-from ..kernels.dispatch import register, speculative_attention
+from ..kernels.dispatch import register
 from .data import Text
 
 
@@ -108,18 +108,15 @@ class SlimScorer:
         text = self.texts[index]
         if not self.shared:
             return self._read(slim_model(self.model, self.units, keep, terms), text)
-        with speculative_attention(self.model):
-            whole = self.runners[index]
-            slim = ModelRunner(
-                slim_model(self.model, self.units, keep, terms), whole.cache, whole.last_position + 1,
-                self.units.attentions(keep),
-            )  # fmt: skip
-            first, end = text.prompt_length - 1, len(text.ids) - 1
-            parts = []
-            # from the end, so that each block is read over the whole model's states of all that comes before it
-            for start in reversed(range(first, end, BLOCK)):
-                ids = text.ids[None, start : min(start + BLOCK, end)]
-                parts.append(slim.forward(ids, [start]).logits[0])
+        whole, attentions = self.runners[index], self.units.attentions(keep)
+        lean = slim_model(self.model, self.units, keep, terms)
+        slim = ModelRunner(lean, whole.cache, whole.last_position + 1, attentions)
+        first, end = text.prompt_length - 1, len(text.ids) - 1
+        parts = []
+        # from the end, so that each block is read over the whole model's states of all that comes before it
+        for start in reversed(range(first, end, BLOCK)):
+            ids = text.ids[None, start : min(start + BLOCK, end)]
+            parts.append(slim.forward(ids, [start]).logits[0])
         for layer, (keys, values) in zip(whole.cache.layers, self.clean[index], strict=True):
             layer.keys[:, :, first : end + 1], layer.values[:, :, first : end + 1] = keys, values
         return torch.cat(parts[::-1])

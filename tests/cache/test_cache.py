@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 
 import families
 import pytest
@@ -11,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, MistralConfig
 
+from hf_specdec.cache import speculative
 from hf_specdec.cache.selection import Selector
 from hf_specdec.cache.side import flat_index, gather_slots
 from hf_specdec.cache.sparse import SparseView
 from hf_specdec.cache.speculative import SpeculativeCache, SpeculativeLayer
 from hf_specdec.cache.stage import StageCache
 from hf_specdec.kernels.address import Address
+from hf_specdec.kernels.explicit import GRAIN
 from hf_specdec.kernels.request import ForwardRequest, ScoreRequest
 
 
@@ -69,8 +73,13 @@ def schedules(draw):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(schedules())
 def test_any_schedule_of_writes_rollbacks_and_swaps(schedule):
-    rows, capacity, actions = schedule
-    cache, model, tag = SpeculativeCache([None, 4], rows, capacity), Model(rows), 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculative, "GRAIN", 2)  # so that storage grows
+        check_schedule(*schedule)
+
+
+def check_schedule(rows, limit, actions):
+    cache, model, tag = SpeculativeCache([None, 4], rows, limit), Model(rows), 1
     active = rows
     for action, width, numbers in actions:
         lengths = [len(slot) for slot in model.slots[:active]]
@@ -109,23 +118,67 @@ def test_any_schedule_of_writes_rollbacks_and_swaps(schedule):
             assert layer.keys.isfinite().all() and layer.values.isfinite().all()
 
 
-def test_growth_doubles_and_keeps_content():
-    cache = SpeculativeCache([None], 2, 4)
-    capacities, tags = set(), torch.arange(2 * 37).view(2, 37)
-    for place in range(37):
-        keys, _ = feed(cache, [place] * 2, tags[:, place : place + 1])
-        capacities.add(keys.shape[2])
-        assert torch.equal(keys[:, :, : place + 1], states(tags[:, : place + 1]))
-        assert not keys[:, :, place + 1 :].any()
-    assert sorted(capacities) == [4, 8, 16, 32, 64]
+@pytest.mark.parametrize("coarse", [False, True])
+def test_storage_grows_with_the_text(coarse, monkeypatch):
+    """It has at most twice what is in use, never more than the limit needs, and keeps its content."""
+    monkeypatch.setattr(speculative, "_COARSE", 128)
+    cache = SpeculativeCache([None, 5], 2, 1000)
+    cache.coarse = coarse
+    capacities, tags = [], torch.arange(2 * 1010).view(2, 1010)
+    for place in range(0, 1010, 10):
+        keys, _ = feed(cache, [place] * 2, tags[:, place : place + 10])
+        capacity, used = keys.shape[2], place + 10
+        assert used <= capacity <= max(128 if coarse else GRAIN, 2 * used - 1) and capacity % GRAIN == 0
+        assert capacity <= 1024
+        assert torch.equal(keys[:, :, :used], states(tags[:, :used]))
+        assert not keys[:, :, used:].any()
+        capacities += [capacity] if capacity not in capacities else []
+    wanted = [128, 256, 512, 1024] if coarse else [*range(64, 1025, 64)]
+    assert capacities == wanted
 
 
-def test_growth_is_at_least_what_is_needed():
-    cache = SpeculativeCache([None], 1, 4)
-    feed(cache, [0], torch.arange(3)[None])
-    cache.begin(Address([3], 50))
-    assert cache.layers[0].keys.shape[2] == 53
-    assert torch.equal(cache.layers[0].keys[:, :, :3], states(torch.arange(3)[None]))
+def test_storage_for_a_prompt_is_made_once(monkeypatch):
+    made = []
+    grow = SpeculativeLayer.grow
+    monkeypatch.setattr(SpeculativeLayer, "grow", lambda self, slots: (made.append(slots), grow(self, slots)))
+    family = families.family("llama")
+    kwargs = {"max_new_tokens": 20, "prefill_chunk_size": 2, "max_length": None}
+    family.ours("plain", input_ids=family.ids[:1].repeat(1, 20), **kwargs)
+    assert made == [448] * family.model.config.num_hidden_layers
+
+
+def test_a_large_budget_costs_nothing(monkeypatch):
+    """No cache of a call, target's or assistant's, is larger than its text needs; the text is the same."""
+    caches, begin = set(), SpeculativeCache.begin
+    monkeypatch.setattr(SpeculativeCache, "begin", lambda self, *args: (caches.add(self), begin(self, *args))[1])
+    for strategy in ("plain", "assisted", "vegas", "specbound", "via_sd", "spd"):
+        family = families.family("llama")
+        model = copy.deepcopy(family.model)
+        model.config.max_position_embeddings = 32768
+        end = {"stopping_criteria": [lambda ids, _: torch.tensor([ids.shape[1] > 60])]}
+        found = families.generate(
+            model, strategy, family.ids[:1], assistant=family.assistant, max_new_tokens=32000, **end
+        )
+        assert torch.equal(found, family.stock(family.ids[:1], max_new_tokens=42))
+        assert len(caches) > (strategy == "assisted")
+        assert all(layer.keys.shape[2] <= 2 * GRAIN for cache in caches for layer in cache.layers)
+        caches.clear()
+
+
+def test_one_layer_at_a_time_is_there_twice(monkeypatch):
+    """While storage grows, the old keys or values of one layer are all that is kept beside the new storage."""
+    cache = SpeculativeCache([None] * 3, 1, 1000)
+    feed(cache, [0], torch.arange(60)[None])
+    old = [weakref.ref(states) for layer in cache.layers for states in (layer.keys, layer.values)]
+    alive, made = [], torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        alive.append(sum(reference() is not None for reference in old))
+        return made(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    cache.reserve(200)
+    assert alive == [6, 5, 4, 3, 2, 1]
 
 
 def test_key_and_value_sizes_may_differ():
@@ -142,7 +195,7 @@ def test_key_and_value_sizes_may_differ():
 
 def test_a_forward_returns_storage_or_exact_slices():
     cache = SpeculativeCache([None], 3, 16)
-    assert feed(cache, [0, 0], torch.zeros(2, 5))[0].shape == (2, HEADS, 16, SIZE)
+    assert feed(cache, [0, 0], torch.zeros(2, 5))[0].shape == (2, HEADS, GRAIN, SIZE)
     cache.exact_slices = True
     assert feed(cache, [5, 5], torch.zeros(2, 2))[1].shape == (2, HEADS, 7, SIZE)
 

@@ -187,6 +187,21 @@ def test_two_threads_with_two_models(strategy, llama):
         assert torch.equal(out, model.stock(**model.batch, max_new_tokens=12))
 
 
+@every_base
+def test_stock_calls_beside_strategies_on_one_model(strategy, llama):
+    """A server with a thread per request: whoever calls sees the model as it is."""
+    ids = families.prompts((9, 9))[0]
+    kinds = [{}, {"assistant_strategy": families.configured(strategy), **extras(strategy, llama.assistant)}]
+    texts = [(ids[:1], 10), (ids, 7), (llama.ids[:1], 12)]
+    expected = [llama.stock(text, max_new_tokens=count) for text, count in texts]
+
+    def calls(kind):
+        return [llama.stock(text, max_new_tokens=count, **kinds[kind]) for text, count in texts]
+
+    for found in in_threads(*(functools.partial(calls, kind) for kind in (0, 1, 0, 1))):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @alternating("attention", [("sdpa",)], [("eager",)])
 def test_two_threads_with_models_that_share_a_config(strategy, attention, llama):
     """One generates under the strategy while the other decodes stock, and while it does so too."""
@@ -195,7 +210,6 @@ def test_two_threads_with_models_that_share_a_config(strategy, attention, llama)
     other = type(model)(model.config).double().eval()
     other.generation_config = copy.deepcopy(model.generation_config)
     assert other.config is model.config
-    assistant = copy.deepcopy(llama.assistant)  # no model, assistants included, runs in two threads at once
     # float64 and left padding make eager attention NaN in stock, so the prompts are even
     ids = families.prompts((9, 9))[0]
     kwargs = {"max_new_tokens": 12, "do_sample": False}
@@ -203,7 +217,7 @@ def test_two_threads_with_models_that_share_a_config(strategy, attention, llama)
     before = model.config._attn_implementation
     for second in (
         lambda: other.generate(ids, **kwargs),
-        lambda: generate(other, strategy, ids, assistant=assistant, max_new_tokens=12),
+        lambda: generate(other, strategy, ids, assistant=llama.assistant, max_new_tokens=12),
     ):
         results = in_threads(
             lambda: generate(model, strategy, ids, assistant=llama.assistant, max_new_tokens=12), second

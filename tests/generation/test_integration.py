@@ -11,7 +11,15 @@ import sys
 import families
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    QuantizedCache,
+    StaticCache,
+)
 
 import hf_specdec
 from hf_specdec import AssistedConfig, PlainConfig, SpeculationConfig, VegasConfig
@@ -31,9 +39,11 @@ def model(llama):
 def warnings(monkeypatch):
     """Collect what the package warns about, also what was warned about before."""
     from hf_specdec import integration
+    from hf_specdec.generation import admission
 
     seen = []
-    monkeypatch.setattr(integration.logger, "warning_once", lambda text, *args: seen.append(text), raising=False)
+    for module in (integration, admission):
+        monkeypatch.setattr(module.logger, "warning_once", lambda text, *args: seen.append(text), raising=False)
     return seen
 
 
@@ -213,9 +223,84 @@ def test_an_explicit_conflict_raises(model, llama, mode):
         model.generate(**llama.one, generation_config=passed, **mode)
 
 
+def test_a_saved_strategy_yields_to_an_assistant_that_it_does_not_use(model, llama, warnings):
+    model.generation_config.assistant_strategy = "plain"
+    assert speculation(model, **llama.one, assistant_model=llama.assistant) is None
+    assert len(warnings) == 1 and "'plain'" in warnings[0] and "assistant_model" in warnings[0]
+    with pytest.raises(ValueError, match=r"assistant_model.*\"off\""):
+        model.generate(**llama.one, **GREEDY, assistant_model=llama.assistant, assistant_strategy="plain")
+    model.generation_config.assistant_strategy = "assisted"
+    assert speculation(model, **llama.one, assistant_model=llama.assistant).num_draft_tokens
+
+
+def test_token_healing_is_stocks(model, llama, warnings):
+    """Stock heals inside of `generate()`, with a tokenizer that no decoding loop has there."""
+    with pytest.raises(ValueError, match=r"assistant_strategy.*token_healing=True.*\"off\".*heal_tokens"):
+        model.generate(**llama.one, **GREEDY, token_healing=True, assistant_strategy="plain")
+    model.generation_config.assistant_strategy = "plain"
+    with pytest.raises(ValueError, match="must pass the model's tokenizer"):
+        model.generate(**llama.one, **GREEDY, token_healing=True)
+    assert len(warnings) == 1
+
+
+SAVED = [
+    ("cache_implementation", "hybrid"),
+    ("cache_implementation", "dynamic"),
+    ("cache_implementation", "static"),
+    ("cache_implementation", "offloaded"),
+    ("cache_implementation", "quantized"),
+    ("use_cache", False),
+    ("output_attentions", True),
+    ("output_hidden_states", True),
+    ("num_assistant_tokens_schedule", "heuristic"),
+    ("assistant_confidence_threshold", 0.3),
+]
+
+
+@pytest.mark.parametrize("name, value", SAVED)
+def test_settings_that_are_only_saved_give_way(model, llama, warnings, monkeypatch, name, value):
+    """No cache of stock's is made for them, with an earlier turn's or without; what the call asks for is refused."""
+    expected = llama.stock(**llama.one, max_new_tokens=12, return_dict_in_generate=True)
+    for cache in (StaticCache, QuantizedCache):
+        monkeypatch.setattr(cache, "__init__", lambda *_, **__: pytest.fail("a cache was made that is never used"))
+    setattr(model.generation_config, name, value)
+    passed = copy.deepcopy(model.generation_config)
+    passed.update(**GREEDY)
+    strategy = {"assistant_strategy": "plain", "return_dict_in_generate": True}
+    for options in (GREEDY, {"generation_config": passed}):
+        out = model.generate(**llama.one, **options, **strategy)
+        assert torch.equal(out.sequences, expected.sequences)
+        text = torch.cat([out.sequences, llama.ids[:1, :5]], dim=1)
+        again = model.generate(text, past_key_values=out.past_key_values, **options, **strategy)
+        assert torch.equal(again.sequences, llama.stock(text, max_new_tokens=12))
+    assert len(set(warnings)) == (value not in ("hybrid", "dynamic")) and all(name in text for text in warnings)
+    assert getattr(passed, name) == value
+    if value in ("hybrid", "dynamic"):
+        return
+    with pytest.raises(ValueError, match=f"`{name}={value!r}`.*allowed"):
+        model.generate(**llama.one, **GREEDY, **strategy, **{name: value})
+
+
+@pytest.mark.parametrize("name, value", SAVED[:3] + SAVED[5:8])
+def test_saved_settings_give_way_on_the_official_hook(model, llama, name, value):
+    setattr(model.generation_config, name, value)
+    loop = hf_specdec.decoding_loop("plain")
+    out = model.generate(**llama.one, **GREEDY, custom_generate=loop, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, llama.stock(**llama.one, max_new_tokens=12))
+    assert type(out.past_key_values) is DynamicCache and out.past_key_values.get_seq_length()
+
+
+def test_none_in_the_call_unsets_what_is_saved(model, llama):
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.stop_strings = ["a"]
+    none = {"cache_implementation": None, "stop_strings": None}
+    out = model.generate(**llama.one, **GREEDY, assistant_strategy="plain", **none)
+    assert torch.equal(out, llama.stock(**llama.one, max_new_tokens=12))
+
+
 def test_an_explicit_strategy_conflicts_with_a_mode_on_the_model(model, llama):
     model.generation_config.num_beams = 2
-    with pytest.raises(ValueError, match="num_beams=2"):
+    with pytest.raises(ValueError, match=r"num_beams=2; pass `num_beams=1` in the call, or .*\"off\""):
         model.generate(**llama.one, **GREEDY, assistant_strategy="plain")
     assert speculation(model, **llama.one, assistant_strategy="plain", num_beams=1) is not None
 

@@ -22,7 +22,7 @@ from hf_specdec.cache.selection import FixedSelector
 from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.generation.methods.vegas import VegasConfig
 from hf_specdec.generation.programs import make_runner
-from hf_specdec.kernels.dispatch import register, speculative_attention
+from hf_specdec.kernels.dispatch import register
 from hf_specdec.kernels.request import ForwardRequest
 
 
@@ -62,6 +62,7 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
     config, longest = model.config, context + 64
     note = {"mode": mode, "layers": config.num_hidden_layers, "rows": rows, "context": context}
     cache = SpeculativeCache([None] * config.num_hidden_layers, rows, longest + QUERIES)
+    cache.reserve(longest + QUERIES)
     like = torch.empty(rows, config.num_key_value_heads, 1, config.head_dim, device=run.device, dtype=run.dtype)
     for layer in cache.layers:
         layer.lazy_initialization(like, like)
@@ -84,7 +85,7 @@ def _drive(run: StageRun, mode: str, layers: int, rows: int, context: int) -> No
         "plain step": lambda: runner.forward(one, starts),
     }
     register()
-    with speculative_attention(model), torch.no_grad():
+    with torch.no_grad():
         _linear_layers(run, model, rows)
         for what, call in (("first forward", runner.forward), ("captures of a round", runner.warm_up)):
             started = time.perf_counter()

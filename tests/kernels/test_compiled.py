@@ -18,6 +18,7 @@ from tiers import tiered
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_specdec import DiversedConfig, VegasConfig
+from hf_specdec.cache import speculative
 from hf_specdec.cache.fixed import FixedView
 from hf_specdec.cache.sparse import SparseView
 from hf_specdec.cache.speculative import SpeculativeCache
@@ -26,7 +27,7 @@ from hf_specdec.generation.methods.plain import PlainConfig
 from hf_specdec.generation.methods.vegas import VegasDrafter
 from hf_specdec.generation.runner import Forward, ModelRunner
 from hf_specdec.kernels import choice
-from hf_specdec.kernels.dispatch import register, speculative_attention
+from hf_specdec.kernels.dispatch import register
 from hf_specdec.kernels.request import ForwardRequest
 
 
@@ -162,18 +163,35 @@ def test_storage_that_has_grown_is_captured_again(recorded, llama):
     runner = programs.GraphRunner(model, cache, 64, widths=[1])
     plain = ModelRunner(model, SpeculativeCache([None, None], 1, 24), 64)
     tokens = llama.ids[:1]
-    with speculative_attention(model), torch.no_grad():
+    with torch.no_grad():
         for place in range(tokens.shape[1]):
             if place == 10:
                 for layer in cache.layers:
-                    layer.reserve(25)
+                    layer.grow(128)
             found, expected = (each.forward(tokens[:, place : place + 1], [place]).logits for each in (runner, plain))
             torch.testing.assert_close(found, expected)
     assert recorded["captured"] == 2
 
 
+@pytest.mark.parametrize("strategy", ["plain", "assisted", "vegas"])
+def test_captured_forwards_while_the_storage_grows(recorded, no_ties, llama, strategy, monkeypatch):
+    """Captures follow the storage and the view's buffers; finished rows keep their text for the returned cache."""
+    kwargs = {"max_new_tokens": 40, "eos_token_id": llama.eos, "pad_token_id": 0}
+    expected = generate(llama, strategy, llama.batch, **kwargs)
+    generate(llama, strategy, llama.batch, "graphs", **kwargs)
+    once = recorded["captured"]
+    monkeypatch.setattr(speculative, "_COARSE", 1)
+    monkeypatch.setattr(speculative, "GRAIN", 1)
+    found = generate(llama, strategy, llama.batch, "graphs", **kwargs)
+    assert recorded["captured"] > 2 * once
+    assert torch.equal(found.sequences, expected.sequences)
+    for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys, atol=llama.tolerance, rtol=0)
+        torch.testing.assert_close(layer.values, other.values, atol=llama.tolerance, rtol=0)
+
+
 def test_a_forward_of_another_shape_runs_uncaptured(recorded, llama):
-    with speculative_attention(llama.model), torch.no_grad():
+    with torch.no_grad():
         runners = [
             programs.GraphRunner(llama.model, SpeculativeCache([None, None], 1, 40), 40, widths=[1, 2]),
             ModelRunner(llama.model, SpeculativeCache([None, None], 1, 40), 40),

@@ -8,7 +8,6 @@ from families import tiny_llama
 from looping import over
 from transformers import LlamaForCausalLM
 
-from hf_specdec import _compat
 from hf_specdec.cache.speculative import SpeculativeCache
 from hf_specdec.generation.runner import ModelRunner
 from hf_specdec.integration import decoding_loop
@@ -16,6 +15,7 @@ from hf_specdec.kernels import choice, dispatch, explicit, packed, reference
 from hf_specdec.kernels.address import Address, once
 from hf_specdec.kernels.request import AttentionRules, ScoreRequest
 from hf_specdec.kernels.step import Step
+from hf_specdec.kernels.twin import twin_of
 
 
 CPU = torch.device("cpu")
@@ -342,84 +342,22 @@ def forward(model, ids):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_without_a_step_the_models_own_attention_runs(attention):
-    # float32, because stock's eager attention gives NaN for padded rows in float64
-    model, ids = llama(attention).float(), torch.arange(18).view(2, 9)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    with torch.no_grad():
-        wanted = model(input_ids=ids, attention_mask=mask).logits
-        with dispatch.speculative_attention(model):
-            assert model.config._attn_implementation == dispatch.ATTENTION
-            found = model(input_ids=ids, attention_mask=mask).logits
-    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
-    assert model.config._attn_implementation == attention
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_with_a_step_our_attention_runs(attention, monkeypatch):
+def test_a_twin_attends_by_our_kernels(attention, monkeypatch):
     model, ids = llama(attention), torch.arange(9)[None]
     wanted = forward(model, ids)
     calls = []
     original = explicit.cached_attention
     monkeypatch.setattr(explicit, "cached_attention", lambda *arguments: calls.append(1) or original(*arguments))
-    cache = SpeculativeCache([None, None], 1, 16)
-    with dispatch.speculative_attention(model), torch.no_grad():
-        logits = ModelRunner(model, cache, 64).forward(ids, [0]).logits
+    with torch.no_grad():
+        logits = ModelRunner(model, SpeculativeCache([None, None], 1, 16), 64).forward(ids, [0]).logits
     assert len(calls) == 2
     # stock's eager attention takes its softmax in float32
     torch.testing.assert_close(logits, wanted, atol=1e-12 if attention == "sdpa" else 1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_the_switch_is_undone_after_an_exception(attention):
-    model = llama(attention)
-    before = _compat.attention_name(model.config)
-    with pytest.raises(KeyError), dispatch.speculative_attention(model):
-        raise KeyError
-    assert _compat.attention_name(model.config) is before
-    assert type(_compat.attention_name(model.config)) is str
-
-
-def test_the_switch_can_be_nested():
-    model, ids = llama(), torch.arange(5)[None]
-    wanted = forward(model, ids)
-    with dispatch.speculative_attention(model):
-        with dispatch.speculative_attention(model):
-            assert torch.equal(forward(model, ids), wanted)
-        # not a subclass: torch.compile of some releases refuses it
-        assert type(_compat.attention_name(model.config)) is str and repr(model.config)
-        assert model.config._attn_implementation == dispatch.ATTENTION
-        assert torch.equal(forward(model, ids), wanted)
-    assert not dispatch._switched
-    assert type(_compat.attention_name(model.config)) is str
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_models_may_share_a_config():
-    """Another model of the same config object runs as before while the first one is switched."""
-    model = llama()
-    other = LlamaForCausalLM(model.config).double().eval()
-    assert other.config is model.config
-    ids = torch.arange(6)[None]
-    wanted = forward(other, ids)
-    with dispatch.speculative_attention(model):
-        assert torch.equal(forward(other, ids), wanted)
-        with dispatch.speculative_attention(other):
-            pass
-        assert model.config._attn_implementation == dispatch.ATTENTION
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_overlapping_contexts_close_in_any_order():
-    model = llama()
-    first, second = dispatch.speculative_attention(model), dispatch.speculative_attention(model)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert model.config._attn_implementation == dispatch.ATTENTION
-    second.__exit__(None, None, None)
-    assert type(_compat.attention_name(model.config)) is str
+def test_our_attention_needs_a_step():
+    with pytest.raises(RuntimeError, match="LlamaAttention was not given the forward's keyword `specdec_step`"):
+        forward(twin_of(llama()), torch.arange(5)[None])
 
 
 def attend(**kwargs):

@@ -131,6 +131,14 @@ MUTANTS = [
         ("plain",),
     ),
     Mutant(
+        "captured forwards write into the text of rows that have finished",
+        "generation/programs.py",
+        "self.cache.spare = self.widths[-1]",
+        "self.cache.spare = 0",
+        ("kernels/test_compiled.py",),
+        ("assisted",),
+    ),
+    Mutant(
         "a sliding layer's cache is read as if it began with the text",
         "cache/speculative.py",
         "first = width - old.keys.shape[2]",

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from ... import artefacts
 from ...artefacts import ADAPTER_NAME, CONFIG_NAME, FORMAT_VERSION, AdapterReference
 from ...configuration import SpeculationConfig
+from .vocabulary import head_weight
 
 
 Built = TypeVar("Built")
@@ -115,7 +116,7 @@ def load_adapter(model: PreTrainedModel, kind: AdapterKind[Built], name_or_path:
         known[kind.name, where] = kind.build(model, adapter)
     built: Any = known[kind.name, where]
     if kind.moves:  # the model may have been moved or cast since it was loaded
-        weight = cast(torch.Tensor, model.get_output_embeddings().weight)
+        weight = head_weight(model.get_output_embeddings())
         built = built.to(device=weight.device, dtype=weight.dtype)
     return cast(Built, built)
 
@@ -128,6 +129,11 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     """
     config = model.config.get_text_config(decoder=True)
     weight: Any = model.get_input_embeddings().weight
+    if weight.is_meta:
+        raise ValueError(
+            f"No `adapter` can be used: the embedding of {type(model).__name__} is offloaded, and an adapter is "
+            "compared with it. Keep the embedding on a device (`device_map`)."
+        )
     rows = torch.linspace(0, weight.shape[0] - 1, 16, device=weight.device).long()
     return {
         "name": Path(name).name if Path(name := str(model.config._name_or_path)).is_dir() else name,

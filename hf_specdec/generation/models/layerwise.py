@@ -8,9 +8,9 @@ state. Recordings of single tokens are joined to those of longer blocks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, cast
 from weakref import WeakSet
 
@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ... import _compat
 from ...kernels.address import Address
 from ...kernels.dispatch import MaskSpec
 from ...kernels.step import Step
+from ...kernels.twin import Proxy, exchanged, original_of
 from ..runner import ModelRunner
-from .surgery import decoder_layers, unhook
+from .surgery import decoder_layers
 
 
 class LayerCall(NamedTuple):
@@ -71,10 +73,9 @@ _checked: WeakSet[PreTrainedModel] = WeakSet()
 class Layerwise:
     """A decoder taken apart: arguments of its layers, its layers, what follows them, its head.
 
-    It keeps the model's configs as they are when it is made, so it belongs to the attention that is active then.
-
     Args:
-        model (`PreTrainedModel`): a causal language model with a list of decoder layers.
+        model (`PreTrainedModel`): a causal language model with a list of decoder layers. Its twin attends by the
+            package's kernels, the model itself by its own attention.
 
     Attributes:
         layers (`nn.ModuleList`): the model's own layers.
@@ -92,15 +93,24 @@ class Layerwise:
         self._noted: list[Any] = []
         recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
+        self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.norm = self._probe(base, recorders)
         self._token_dims: list[Any] = []
+        if "forward" in vars(original_of(model)):
+            self._autocast = self._autocast_inside()
 
     def record(self, **inputs: Any) -> Recording:
         """Return what the base model's forward over `inputs` (its own keywords) would pass to each layer."""
         self._noted.clear()
-        self._recorder(**inputs, return_dict=True)
+        with self._autocast():
+            self._recorder(**inputs, return_dict=True)
         noted = list(self._noted)
         return Recording(noted[0][0], [LayerCall(args, kwargs) for _, args, kwargs in noted])
+
+    def run(self, layer: int, hidden: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """Return the output `[n, m, H]` of the layer of that index."""
+        with self._autocast():
+            return run_layer(self.layers[layer], hidden, call)
 
     def join(self, layer: int, recordings: Sequence[Recording], cache: Cache, step: Step) -> LayerCall:
         """Return a layer's arguments for the consecutive tokens of several recordings, on `cache` at `step`."""
@@ -142,7 +152,7 @@ class Layerwise:
         """
         one, two = (self.record_at(runner, token.expand(1, m), position).calls for m in (1, 2))
         self._token_dims = [_token_dims(*calls) for calls in zip(one, two, strict=True)]
-        if self.model in _checked:
+        if original_of(self.model) in _checked:
             return
         staircase = Staircase(self, runner, 1)
         staircase.restart(position)
@@ -155,11 +165,22 @@ class Layerwise:
                 f"{type(self.model).__name__} can't be run by layers: its logits differ by "
                 f"{float((found - logits).abs().max()):.3g} from its own forward's."
             )
-        _checked.add(self.model)
+        _checked.add(original_of(self.model))
 
     def _note(self, _: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._noted.append((hidden_states, args, kwargs))
         return hidden_states
+
+    def _autocast_inside(self) -> Callable[[], AbstractContextManager[Any]]:
+        """Return the autocast that a forward that was wrapped on the model runs in (Accelerate's mixed precision)."""
+        passes = _Passes()
+        model = cast(Callable[..., Any], exchanged(self.model, {id(self.model.base_model): passes}))
+        device, width = _compat.input_device(self.model), self.model.config.get_text_config(decoder=True).hidden_size
+        states = torch.zeros(1, 1, width, device=device, dtype=self.model.dtype)
+        with torch.no_grad():
+            model(inputs_embeds=states, use_cache=False, return_dict=True)
+        enabled, dtype = passes.autocast
+        return partial(torch.autocast, device.type, dtype, enabled) if enabled else nullcontext
 
     def _probe(self, base: nn.Module, recorders: nn.ModuleList) -> nn.Sequential:
         """Find what follows the layers, by watching a forward without layers."""
@@ -175,8 +196,7 @@ class Layerwise:
         watched = cast(Callable[..., Any], exchanged(base, {**outside, id(self.layers): recorders}))
         self._noted.clear()
         with torch.no_grad():
-            device = cast(torch.Tensor, self.model.get_input_embeddings().weight).device
-            tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
+            tokens = torch.zeros(1, 1, dtype=torch.long, device=_compat.input_device(self.model))
             # the mask says that the token, which may be the padding's, is none
             output = watched(input_ids=tokens, attention_mask=tokens + 1, use_cache=False, return_dict=True)
         last = output.last_hidden_state
@@ -243,70 +263,54 @@ class Staircase:
         else:
             call = self.parts.join(layer, self.recordings[first:], self.runner.cache, step)
         states = self.states[:, first:count]
-        states.copy_(run_layer(self.parts.layers[layer], states, call))
+        states.copy_(self.parts.run(layer, states, call))
         self.depths[first:] = [layer + 1] * (count - first)
         self.layer_calls += 1
         self.token_layers += count - first
         return first
 
 
-@contextmanager
-def watched(model: PreTrainedModel, depths: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the states `[n, m, H]` after some numbers of layers, of all tokens fed inside the context, by depth."""
-    found: dict[int, torch.Tensor] = {}
+def watching(model: PreTrainedModel, depths: Sequence[int], found: dict[int, torch.Tensor]) -> PreTrainedModel:
+    """Return a copy of `model` that adds the states `[n, m, H]` after some numbers of layers to `found`, by depth."""
 
-    def take(depth: int, output: Any) -> None:
+    def run(depth: int, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = layer(*args, **kwargs)
         states = _states(output)
         found[depth] = torch.cat([found[depth], states], dim=1) if depth in found else states
+        return output
 
     layers = decoder_layers(model)
-    handles = [
-        layers[depth - 1].register_forward_hook(lambda _, __, output, depth=depth: take(depth, output))
-        for depth in depths
-    ]
+    changes: dict[int, nn.Module] = {
+        id(layers[depth - 1]): Proxy(layers[depth - 1], partial(run, depth)) for depth in depths
+    }
+    return exchanged(model, changes, hooks=True)
+
+
+@contextmanager
+def watched(runner: ModelRunner, depths: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the states of all tokens that `runner` is fed inside the context, as `watching` does."""
+    found: dict[int, torch.Tensor] = {}
+    before = runner.model, runner.twin
+    runner.model, runner.twin = (watching(model, depths, found) for model in before)
     try:
         yield found
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-def exchanged(module: nn.Module, changes: dict[int, nn.Module]) -> nn.Module:
-    """Return a shallow copy of `module` with some submodules exchanged; all else is shared, and nothing is changed.
-
-    `changes` holds what stands in for a submodule, by the submodule's `id`. Hooks of the copied modules (those on the
-    way to an exchanged one) are not taken along.
-    """
-    if id(module) in changes:
-        return changes[id(module)]
-    children = {name: child and exchanged(child, changes) for name, child in module._modules.items()}
-    if all(child is module._modules[name] for name, child in children.items()):
-        return module
-    twin = copy.copy(module)
-    twin._modules = children
-    unhook(twin)
-    return twin
-
-
-class Proxy(nn.Module):
-    """Stands in for a module: calls go to `run(module, ...)`, attributes come from the module."""
-
-    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.__dict__.update(_module=module, _run=run)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call `run`."""
-        return self._run(self._module, *args, **kwargs)
+        runner.model, runner.twin = before
 
 
 class _Passes(nn.Module):
-    """Stands in for a base model: its embeddings are its output."""
+    """Stands in for a base model: its embeddings are its output.
+
+    Attributes:
+        autocast (`tuple`): whether the last call was made under autocast, and its dtype.
+    """
+
+    autocast: tuple[bool, torch.dtype]
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Return the embeddings."""
+        kind = inputs_embeds.device.type
+        self.autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         return _Output(last_hidden_state=cast(torch.FloatTensor, inputs_embeds))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -28,7 +30,7 @@ class ReducedHead(nn.Module):
 
     def __init__(self, head: nn.Module, ids: torch.Tensor) -> None:
         super().__init__()
-        full: torch.Tensor = head.weight  # type: ignore[assignment]
+        full = head_weight(head)
         self.width = full.shape[0]
         ids = ids.to(full.device, torch.int64)
         if not len(ids) or ids[0] < 0 or ids[-1] >= self.width or bool((ids[1:] <= ids[:-1]).any()):
@@ -51,10 +53,26 @@ class ReducedHead(nn.Module):
         return logits.new_full((*logits.shape[:-1], self.width), OUTSIDE).index_copy_(-1, self.ids, logits)
 
 
+def head_weight(head: nn.Module) -> torch.Tensor:
+    """Return the weight `[V, H]` of an LM head; raise `ValueError` if it can't be copied."""
+    weight = head.weight
+    if not isinstance(weight, torch.Tensor) or weight.is_meta:
+        how = "offloaded" if isinstance(weight, torch.Tensor) else "packed"
+        raise ValueError(
+            f"The model's LM head, a {type(head).__name__}, is {how}, and what was asked for under "
+            "`assistant_strategy` copies its weight. Use a strategy without trained heads or drafts, or the model as "
+            "it was."
+        )
+    return weight
+
+
 def vocabulary_width(model: nn.Module) -> int:
     """Return how many words the model's head scores, padding included."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return int(head.width if isinstance(head, ReducedHead) else head.weight.shape[0])
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, ReducedHead):
+        return head.width
+    width = getattr(head, "out_features", None)  # also where the weight is packed
+    return int(head.weight.shape[0] if width is None else width)
 
 
 def pad_vocabulary(logits: torch.Tensor, width: int) -> torch.Tensor:

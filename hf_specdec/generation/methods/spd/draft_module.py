@@ -25,7 +25,7 @@ from ....kernels.dispatch import MaskSpec
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_record, write_adapter
 from ...models.layerwise import LayerCall, Layerwise, placed, run_layer
 from ...models.surgery import decoder_layers, place_layer
-from ...models.vocabulary import ReducedHead
+from ...models.vocabulary import ReducedHead, head_weight
 from .depth_map import DepthMap
 
 
@@ -64,14 +64,13 @@ class PipelineDraftModule(nn.Module):
         record: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        whole, head = decoder_layers(model), cast(Any, model.get_output_embeddings())
+        whole, full = decoder_layers(model), head_weight(model.get_output_embeddings())
         if not templates or min(templates) < 0 or max(templates) >= len(whole):
             raise ValueError(f"`templates` must be layers below {len(whole)}, got {list(templates)}.")
-        self.width, width = head.weight.shape
+        self.width, width = full.shape
         self.depths, self.templates, self.span, self.record = depths, list(templates), span, record or {}
         self.family = family
-        self.config = model.config  # like a model, so that its attention can be switched like a model's
-        self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
+        self.reduced = None if vocabulary is None else ReducedHead(model.get_output_embeddings(), vocabulary)
         self.feature_proj = nn.ModuleList(_fusing(kind, width) for kind in range(len(depths.features)))
         if family is None:
             self.layers = nn.ModuleList(copy.deepcopy(whole[index]) for index in templates)
@@ -79,12 +78,12 @@ class PipelineDraftModule(nn.Module):
             self.layers = nn.ModuleList(_foreign_layer(model, family) for _ in templates)
         for index, layer in enumerate(self.layers):
             place_layer(layer, index)
-        weight = head.weight if self.reduced is None else self.reduced.weight
+        weight = full if self.reduced is None else self.reduced.weight
         self.lm_head = nn.Linear(width, weight.shape[0], bias=False, device="meta")
         self.lm_head.weight = nn.Parameter(weight.detach().clone())
-        self.to(dtype=head.weight.dtype)
+        self.to(dtype=full.dtype)
         if all(not p.is_meta for p in self.layers.parameters()):
-            self.to(device=head.weight.device)
+            self.to(device=full.device)
         self.__dict__.update(norm=Layerwise(model).norm)
 
     def fuse(self, kind: int, features: Features) -> torch.Tensor:
@@ -112,7 +111,7 @@ class PipelineDraftModule(nn.Module):
         return self.reduced is None or bool(torch.isin(token.to(self.reduced.ids.device), self.reduced.ids))
 
     def reader(self, model: PreTrainedModel, capacity: int) -> DraftReader:
-        """Return what follows one text, of at most `capacity` tokens; our attention must be active in `model`."""
+        """Return what follows one text, of at most `capacity` tokens; the module and `model` must be twins."""
         return DraftReader(self, Layerwise(model), capacity)
 
     def save(self, folder: str | Path, config: SpeculationConfig, model: PreTrainedModel, **notes: Any) -> None:

@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from .... import _compat
 from ....configuration import SpeculationConfig
-from ....kernels.dispatch import speculative_attention
+from ....kernels.twin import twin_of
 from ... import acceptance
 from ...models.adapters import describe, read_record
 from ...models.surgery import decoder_layers
@@ -263,8 +263,7 @@ class SPDStrategy(SpeculationStrategy):
         output, features = self.pipeline.prefill(state)
         self.parts = self.pipeline.parts
         self.tail = self.parts.tail()
-        state.contexts.enter_context(speculative_attention(self.module))
-        self.reader = self.module.reader(state.model, state.longest)
+        self.reader = twin_of(self.module).reader(state.target.twin, state.longest)
         self.reader.start(features, state.prompt.cached[state.active[0]])
         self.flying, self.finished = [], []
         self.rows += 1

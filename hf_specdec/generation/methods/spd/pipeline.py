@@ -19,7 +19,7 @@ from ....cache.speculative import SpeculativeCache
 from ....cache.stage import StageCache
 from ....kernels.address import Address
 from ....kernels.step import Step
-from ...models.layerwise import Layerwise, Recording, placed, run_layer, watched
+from ...models.layerwise import Layerwise, Recording, placed, watched
 from ...runner import Forward, ModelRunner
 from ...state import DecodingState
 from .depth_map import DepthMap
@@ -60,7 +60,7 @@ class Stage:
         step = self.cache.begin(parcel.address)
         for index in range(self.first, self.end):
             call = placed(parcel.recording.calls[index], self.cache, step)
-            hidden = run_layer(self.parts.layers[index], hidden, call)
+            hidden = self.parts.run(index, hidden, call)
             if index + 1 in self.wanted:
                 features[index + 1] = hidden
         return parcel._replace(hidden=hidden), features
@@ -89,9 +89,9 @@ class LocalPipeline:
         """
         self.runner = runner = state.target
         first = state.prompt.cached[state.active[0]]
-        with watched(state.model, self.depths.features[1:]) as seen:
+        with watched(runner, self.depths.features[1:]) as seen:
             output = state.prefill()
-        self.parts = Layerwise(state.model)
+        self.parts = Layerwise(runner.twin)
         self.parts.check(runner, state.pending, state.committed[0] - 1, output.logits)
         tokens = state.text.tokens[state.active, first : state.committed[0]]
         seen[0] = self.parts.record_at(runner, tokens, first).hidden
@@ -138,7 +138,7 @@ def make_parcel(
         inputs (`dict`): `input_ids` `[1, m]` for the first stage, or `inputs_embeds` `[1, m, H]`, which the stage
             before has handed on, for a later one.
         cache (`SpeculativeCache`, *optional*): the stage's, where it is known; the runner's by default.
-        own_attention (`bool`, *optional*, defaults to `False`): the model's own attention is active, not ours.
+        own_attention (`bool`, *optional*, defaults to `False`): `parts` are the model's, not its twin's.
     """
     name, given = next(iter(inputs.items()))
     given = given.to(runner.device)

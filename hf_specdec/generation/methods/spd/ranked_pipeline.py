@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 
 from ....cache.speculative import SpeculativeCache
-from ....kernels.dispatch import speculative_attention
 from ...models.layerwise import Layerwise
 from ...runner import Forward, ModelRunner
 from ...state import DecodingState
@@ -28,7 +27,7 @@ class _Site:
 
     def __init__(self, state: DecodingState, ranks: Ranks) -> None:
         self.state, self.ranks, self.runner = state, ranks, state.target
-        self.parts = Layerwise(state.model)  # with the model's own attention, for the prompt
+        self.parts = Layerwise(self.runner.model)  # with the model's own attention, for the prompt
         self.embedding = cast(torch.Tensor, state.model.get_input_embeddings().weight)
         self.width, self.dtype = self.embedding.shape[1], self.embedding.dtype
         self.last = ranks.depths.stages - 1
@@ -63,16 +62,15 @@ class _Site:
     def run_prompt(self) -> Iterator[tuple[int, torch.Tensor, Features]]:
         """Run this rank's stage, if it has one, over the prompt block by block, and hand the results on.
 
-        The last block is the last token alone, from which on the package's attention is active. Yields each block's
-        width, the stage's result and its features.
+        The last block is the last token alone, from which on the package's attention runs. Yields each block's width,
+        the stage's result and its features.
         """
         end = self.state.prompt.lengths[self.state.active[0]] - 1
         chunk = self.state.generation_config.prefill_chunk_size or max(end, 1)
         for first in range(0, end, chunk):
             width = min(chunk, end - first)
             yield width, *self._run_block(first, width, own=True)
-        self.state.contexts.enter_context(speculative_attention(self.state.model))
-        self.parts = Layerwise(self.state.model)
+        self.parts = Layerwise(self.runner.twin)
         if self.stage is not None:
             self.stage.parts = self.parts
         yield 1, *self._run_block(end, 1, own=False)

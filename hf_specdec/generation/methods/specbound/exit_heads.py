@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from ....cache.speculative import SpeculativeCache
 from ....configuration import SpeculationConfig
 from ....kernels.address import Address
+from ....kernels.twin import Proxy
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, write_adapter
-from ...models.layerwise import LayerCall, Layerwise, Proxy, Recording, Staircase, run_layer
+from ...models.layerwise import LayerCall, Layerwise, Recording, Staircase, run_layer
 from ...models.surgery import place_layer
-from ...models.vocabulary import ReducedHead
+from ...models.vocabulary import ReducedHead, head_weight, vocabulary_width
 
 
 KIND = "exit_heads"
@@ -62,18 +63,17 @@ class ExitHeads(nn.Module):
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
         head = model.get_output_embeddings()
-        weight = cast(torch.Tensor, head.weight)
-        self.width, width = weight.shape
+        self.width, width = vocabulary_width(model), model.config.get_text_config(decoder=True).hidden_size
         if rank is not None and (kind != "adapter" or not 1 <= rank <= width):
             raise ValueError(f"`rank` is for the kind 'adapter' and from 1 to {width}, got {rank} for {kind!r}.")
-        self.config = model.config  # like a model, so that the attention of blocks can be switched like a model's
         self.layers, self.kind, self.rank, self.record = list(layers), kind, rank, record or {}
         self.reduced = None if vocabulary is None else ReducedHead(head, vocabulary)
         self.own = nn.ModuleDict()
         if kind != "final":
             made = [self._make(index, parts, head, width) for index in range(len(layers))]
             self.own.update({str(layer): module for layer, module in zip(layers, made, strict=True)})
-        self.own.to(device=weight.device, dtype=weight.dtype)
+            weight = head_weight(head)
+            self.own.to(device=weight.device, dtype=weight.dtype)
         # not submodules: the model's own parts are no parameters of the heads
         heads = {layer: self.own[str(layer)] if kind == "full" else self.inside for layer in self.layers}
         self.__dict__.update(norm=parts.norm, tails={layer: parts.tail(head) for layer, head in heads.items()})
@@ -86,7 +86,7 @@ class ExitHeads(nn.Module):
             nn.init.zeros_(last.weight)
             return last if self.rank is None else nn.Sequential(nn.Linear(width, self.rank, bias=False), last)
         if self.kind == "full":
-            weight = (cast(Any, head) if self.reduced is None else self.reduced).weight
+            weight = head_weight(head) if self.reduced is None else self.reduced.weight
             linear = nn.Linear(width, weight.shape[0], bias=False)
             linear.weight.data.copy_(weight.data)
             return linear

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ....configuration import SpeculationConfig
-from ....kernels.dispatch import speculative_attention
 from ....kernels.request import ForwardRequest
+from ....kernels.twin import twin_of
 from ...models.layerwise import Layerwise, Staircase, watched
 from ...models.surgery import decoder_layers
 from ...runner import Forward
@@ -170,15 +170,14 @@ class SpecBoundStrategy(SpeculationStrategy):
     def prefill(self, state: DecodingState) -> Forward:
         """Run the prompt as usual, without tests."""
         first = state.prompt.cached[state.active[0]]
-        with watched(state.model, [*self.exits, self.depth] if self.heads.kind == "block" else []) as seen:
+        with watched(state.target, [*self.exits, self.depth] if self.heads.kind == "block" else []) as seen:
             output = state.prefill(ForwardRequest(hidden=self.hidden))
-        self.parts = Layerwise(state.model)
+        self.parts = Layerwise(state.target.twin)
         self.parts.check(state.target, state.pending, state.committed[0] - 1, output.logits)
         self.tail = self.parts.tail()
         self.staircase = Staircase(self.parts, state.target, self.config.num_assistant_tokens + 1)
-        self.reader = ExitReader(self.heads, self.parts, state.windows[-1], state.longest)
+        self.reader = ExitReader(twin_of(self.heads), self.parts, state.windows[-1], state.longest)
         if seen:
-            state.contexts.enter_context(speculative_attention(self.heads))
             tokens = state.text.tokens[state.active, first : state.committed[0]]
             inputs = self.parts.norm(seen.pop(self.depth))
             self.reader.start(seen, inputs, self.parts.record_at(state.target, tokens, first))

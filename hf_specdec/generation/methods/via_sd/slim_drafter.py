@@ -94,9 +94,10 @@ class SlimDrafter(Drafter):
             )
 
     def _runner(self, state: DecodingState, cache: SpeculativeCache) -> ModelRunner:
-        """Return what runs the slim model, which uses the attention that the model uses now, over `cache`."""
-        model = slim_model(state.model, self.units, self.found.keep, self.found.terms)
-        return ModelRunner(model, cache, state.longest, self.units.attentions(self.found.keep))
+        """Return what runs the slim model over `cache`."""
+        units = self.units.of(state.model)
+        model = slim_model(state.model, units, self.found.keep, self.found.terms)
+        return ModelRunner(model, cache, state.longest, units.attentions(self.found.keep))
 
     def setup(self, state: DecodingState) -> None:
         """Prepare both tiers; where the slim verifier has a cache of its own, it reads the prompts now."""
@@ -104,8 +105,8 @@ class SlimDrafter(Drafter):
         self.reader = None
         if not self.shared:  # with the model's own attention
             with state.timed("prefill"):
-                capacity = state.longest + self.config.num_assistant_tokens + 1
-                cache = SpeculativeCache(state.windows, len(state.active), capacity, state.target.cache.kernels)
+                limit = state.longest + self.config.num_assistant_tokens + 1
+                cache = SpeculativeCache(state.windows, len(state.active), limit, state.target.cache.kernels)
                 self.reader = Reader.read_prompts(state, self._runner(state, cache))
             state.followers.append(self.reader)
         state.stats.method.update(
@@ -123,11 +124,9 @@ class SlimDrafter(Drafter):
         return self.inner.prefill_request(state)
 
     def prefill(self, state: DecodingState) -> None:
-        """Let the drafter read the prompts, and build the slim model again, now that the package's attention is on."""
+        """Let the drafter read the prompts, and build the slim model where it has not read them."""
         self.inner.prefill(state)
-        self.runner = self._runner(state, (state.target if self.reader is None else self.reader.runner).cache)
-        if self.reader is not None:
-            self.reader.runner = self.runner
+        self.runner = self._runner(state, state.target.cache) if self.reader is None else self.reader.runner
 
     def read(self, state: DecodingState, drafts: torch.Tensor, counts: list[int] | None = None) -> SlimPass:
         """Run the slim model over each of the drafts `[n, k]`; m is k + 1, the last entry is about what follows.

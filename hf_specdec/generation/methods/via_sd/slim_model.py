@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .... import _compat
+from ....kernels.twin import Proxy, exchanged
 from ... import admission
 from ...models.adapters import Adapter, AdapterKind, describe, load_adapter, read_tensors, write_record
-from ...models.layerwise import Proxy, exchanged
 from ...models.surgery import decoder_layers
 from .config import GRANULARITIES, ViaSDConfig
 
@@ -65,6 +66,10 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def of(self, model: PreTrainedModel) -> Units:
+        """Return the units of `model`, which may be a copy of the one that these are of."""
+        return self if decoder_layers(model) is self.layers else Units(model, self.granularity)
 
     def check(self, keep: Sequence[bool]) -> None:
         """Raise `ValueError` unless `keep` has an entry per unit and leaves out no protected one."""
@@ -173,8 +178,7 @@ def slim_model(
 ) -> PreTrainedModel:
     """Return the model without the units that `keep` leaves out. It shares all weights; the model is not changed.
 
-    The copy belongs to the attention implementation that is set when it is made. `terms` are an adapter, for linear
-    modules of units that stay.
+    `terms` are an adapter, for linear modules of units that stay.
     """
     changes: dict[int, nn.Module] = {}
     for name, (down, up, scale) in (terms or {}).items():
@@ -190,7 +194,7 @@ def slim_model(
         changes[id(units.layers)] = nn.ModuleList(
             layer if kept else Proxy(layer, _pass) for layer, kept in zip(layers, keep, strict=True)
         )
-    return cast(PreTrainedModel, exchanged(model, changes))
+    return exchanged(model, changes)
 
 
 def _pass(_: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -205,7 +209,8 @@ def _no_attention(_: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor
 @torch.no_grad()
 def _no_mlp(module: nn.Module, width: int) -> Any:
     """Return what stands in for an MLP: zeros in the structure that it returns, which mixtures of experts extend."""
-    example = module(next(module.parameters()).new_zeros(1, 1, width))
+    dtype = next(module.parameters()).dtype
+    example = module(torch.zeros(1, 1, width, dtype=dtype, device=_compat.device_of(module)))
 
     def silent(_: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         zeros = torch.zeros_like(hidden_states)

@@ -1,0 +1,207 @@
+"""Shallow copies of a model: they share every weight with it, and a few of their modules differ.
+
+A *twin* is the copy that attends by the package's kernels. The model itself is never changed, so other threads may run
+it meanwhile, and there is nothing to put back. Twins are made per call: one that was kept would not follow
+`train()`, hooks or wrapped forwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .. import _compat
+from .dispatch import ATTENTION
+
+
+Edit = Callable[[nn.Module], dict[str, Any]]
+"""Says what differs in the copy of a module: attributes by name; none for a module that may be shared."""
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_ORIGINAL = "_specdec_original"
+
+
+def twin_of(module: _Module) -> _Module:
+    """Return a copy of a model, or of modules beside one that have its config, that attends by the package's kernels.
+
+    Raises:
+        ValueError: for a module whose `forward` has been replaced by something that is bound to it for good.
+    """
+    configs: dict[int, PreTrainedConfig] = {}
+    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else None
+
+    def edit(part: nn.Module) -> dict[str, Any]:
+        config = vars(part).get("config")
+        changes = {"config": _attending(config, configs)} if isinstance(config, PreTrainedConfig) else {}
+        # what is hung on the twin's head must not be called by the model's
+        return changes | _own_hooks(part) if part is head else changes
+
+    return edited(module, edit)
+
+
+def original_of(module: _Module) -> _Module:
+    """Return the module that a copy was made of, itself if it is none."""
+    reference = vars(module).get(_ORIGINAL)
+    return module if reference is None else cast(_Module, reference())
+
+
+def without_checkpointing(model: _Module) -> _Module:
+    """Return `model`, or a copy if it trains with gradient checkpointing, which would take its cache away."""
+
+    def edit(part: nn.Module) -> dict[str, Any]:
+        active = part.training and getattr(part, "gradient_checkpointing", False)
+        return {"gradient_checkpointing": False} if active else {}
+
+    return edited(model, edit)
+
+
+def with_adapters(model: _Module, names: list[str]) -> _Module:
+    """Return a copy of a PEFT model whose rows take the adapters `names`, a list that may change between forwards."""
+
+    def edit(part: nn.Module) -> dict[str, Any]:
+        mixed = _compat.adapters_of_rows(part) is not None
+        return {"_forward_pre_hooks": _compat.hooks_for_rows(part, names)} if mixed else {}
+
+    return edited(model, edit)
+
+
+def exchanged(module: _Module, changes: dict[int, nn.Module], hooks: bool = False) -> _Module:
+    """Return a copy of `module` with some submodules exchanged; all else is shared, and nothing is changed.
+
+    `changes` holds what stands in for a submodule, by the submodule's `id`. The copied modules, those on the way to an
+    exchanged one, have their `hooks` only where that is said.
+    """
+    return cast(_Module, _Copies(lambda _: {}, changes, hooks)(module))
+
+
+def edited(module: _Module, edit: Edit) -> _Module:
+    """Return a copy of `module` in which modules differ as `edit` says; `module` if none does. Hooks are shared."""
+    return cast(_Module, _Copies(edit, {}, hooks=True)(module))
+
+
+class _Copies:
+    """Copies a tree of modules, as far as something in it differs."""
+
+    def __init__(self, edit: Edit, made: dict[int, nn.Module], hooks: bool) -> None:
+        self.edit, self.hooks = edit, hooks
+        self.made = dict(made)
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self.made:
+            self.made[id(module)] = self._copy(module)
+        return self.made[id(module)]
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        children = {name: child and self(child) for name, child in module._modules.items()}
+        changes = self.edit(module)
+        if not changes and all(child is module._modules[name] for name, child in children.items()):
+            return module
+        made = copy.copy(module)
+        made._modules = children
+        _rebind(made, module)
+        if not self.hooks:
+            changes |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+        # weak, because copies are part of what is kept per model
+        vars(made).update({_ORIGINAL: weakref.ref(original_of(module)), **changes})
+        return made
+
+
+def _own_hooks(module: nn.Module) -> dict[str, Any]:
+    return {name: OrderedDict(getattr(module, name)) for name in ("_forward_hooks", "_forward_pre_hooks")}
+
+
+def _attending(config: PreTrainedConfig, made: dict[int, PreTrainedConfig]) -> PreTrainedConfig:
+    """Return the one copy of `config` that names our attention, its sub-configs included."""
+    if id(config) not in made:
+        copied = made[id(config)] = copy.copy(config)
+        _compat.set_attention_name(copied, ATTENTION)
+        for key in config.sub_configs:
+            inner = getattr(config, key, None)
+            if isinstance(inner, PreTrainedConfig):
+                setattr(copied, key, _attending(inner, made))
+    return made[id(config)]
+
+
+def _rebind(made: nn.Module, module: nn.Module) -> None:
+    """Bind to the copy what hangs on the instance and is bound to the original, such as Accelerate's forwards."""
+    vars(made).pop("_compiled_call_impl", None)  # `module.compile()`: it would run the original
+    for name, value in vars(module).items():
+        if callable(value) and not isinstance(value, nn.Module):
+            bound = _bound_to(made, value, module)
+            if bound is None and name == "forward":
+                function = getattr(value, "__qualname__", value)
+                raise ValueError(
+                    f"`{name}` of {type(module).__name__} has been replaced by {function}, which can't be bound to a "
+                    "copy of the module, as `assistant_strategy` needs. Hang a hook on the module "
+                    "(`register_forward_hook`), bind the function to it (`types.MethodType`), or pass "
+                    '`assistant_strategy="off"`.'
+                )
+            vars(made)[name] = value if bound is None else bound
+
+
+def _bound_to(made: nn.Module, value: Any, module: nn.Module, depth: int = 0) -> Any:
+    """Return `value` with the copy in place of the original, `None` if it does not hold the original."""
+    if value is module:
+        return made
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, made) if value.__self__ is module else None
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args]
+        bound = [_bound_to(made, part, module) for part in parts]
+        if all(part is None for part in bound):
+            return None
+        function, *args = (part if new is None else new for part, new in zip(parts, bound, strict=True))
+        return functools.update_wrapper(functools.partial(function, *args, **value.keywords), value)
+    inner = getattr(value, "_torchdynamo_orig_callable", None)  # `torch.compile(model.forward)`: the code as written
+    if inner is not None:
+        return _bound_to(made, inner, module)
+    if isinstance(value, types.FunctionType) and depth < _WRAPPERS:
+        return _bound_closure(made, value, module, depth + 1)
+    return None
+
+
+_WRAPPERS = 8
+"""Wrappers around a method that are looked into; a function may hold itself."""
+
+
+def _bound_closure(made: nn.Module, function: types.FunctionType, module: nn.Module, depth: int) -> Any:
+    """Return a wrapper that a function has made around a method of the original, around the copy's."""
+    cells, bound = list(function.__closure__ or ()), False
+    for index, cell in enumerate(cells):
+        try:
+            new = _bound_to(made, cell.cell_contents, module, depth)
+        except ValueError:  # an empty cell
+            continue
+        if new is not None:
+            cells[index], bound = types.CellType(new), True
+    if not bound:
+        return None
+    own = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(own, function)
+
+
+class Proxy(nn.Module):
+    """Stands in for a module: calls go to `run(module, ...)`, attributes come from the module."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__.update(_module=module, _run=run)
+        self._parameters = module._parameters  # some models ask their parameters for the device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `run`."""
+        return self._run(self._module, *args, **kwargs)
