@@ -164,6 +164,7 @@ class SpeculativeCache(Cache):
         capacity = max(_COARSE, 1 << (slots - 1).bit_length()) if self.coarse else slots + slots // 16
         # products over a multiple of 64 slots are the fastest: on CPU an odd number costs a plain step some 4 %
         capacity = -(-min(capacity, max(slots, self.limit)) // GRAIN) * GRAIN
+        self.step = None  # it holds the storage of the layer that has written last
         for layer in self.own:
             layer.grow(capacity)
 
