@@ -191,7 +191,8 @@ def load_oracle(model: PreTrainedModel, name: str) -> PipelineDraftModule:
     if name != ORACLE:
         return load_draft_module(model, name)
     if model not in _oracles:
-        _oracles[model] = Oracle(model)
+        with torch.random.fork_rng([]):  # whoever is the first to need it draws no other text for that
+            _oracles[model] = Oracle(model)
     return _oracles[model]
 
 

@@ -472,6 +472,31 @@ MUTANTS = [
         (*_SPECBOUND, "generation/test_processors.py"),
         ("assisted", "specbound"),
     ),
+    # copies of the model
+    Mutant(
+        "the model itself is switched to our attention",
+        "kernels/twin.py",
+        "copied = made[id(config)] = copy.copy(config)",
+        "copied = made[id(config)] = config",
+        ("kernels/test_twin.py",),
+        ("plain",),
+    ),
+    Mutant(
+        "what hangs on an instance runs the original",
+        "kernels/twin.py",
+        "_rebind(made, module)",
+        "pass",
+        ("kernels/test_twin.py",),
+        ("plain",),
+    ),
+    Mutant(
+        "adapters stay with the rows that have finished",
+        "generation/state.py",
+        "self.feed(self.active)",
+        "pass",
+        ("generation/test_loaded_models.py",),
+        ("assisted",),
+    ),
     # statistics
     Mutant(
         "drafts that were cut count as accepted",
