@@ -97,11 +97,7 @@ class DecodingLoop:
         past = past if admission.given_by_caller(past) else None
         returned = generation_config.return_dict_in_generate or past is not None
         keep_cache = bool(returned) and strategy.whole_model
-        groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
-        with strategy.session(state):
-            if not strategy.controls:
-                strategy.follow(state)
-            finished = [self._decode(strategy, state, emitter, rows) for rows in groups if strategy.controls]
+        finished = self._run(strategy, state, emitter)
         end = max(state.text.columns)
         if keep_cache or emitter.collected:
             for target, order in finished:
@@ -208,6 +204,16 @@ class DecodingLoop:
             )
         logger.warning_once(f"The strategy {self.config.strategy!r} decodes the rows of a batch in turn.")
         return emitter
+
+    def _run(
+        self, strategy: SpeculationStrategy, state: DecodingState, emitter: Emitter
+    ) -> list[tuple[ModelRunner, list[int]]]:
+        """Decode all rows, together or in turn; return what `_decode` does of each group of rows."""
+        groups = [list(range(state.batch))] if strategy.batched else [[row] for row in range(state.batch)]
+        with strategy.session(state):
+            if not strategy.controls:
+                strategy.follow(state)
+            return [self._decode(strategy, state, emitter, rows) for rows in groups if strategy.controls]
 
     def _decode(
         self, strategy: SpeculationStrategy, state: DecodingState, emitter: Emitter, rows: list[int]
