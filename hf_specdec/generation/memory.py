@@ -108,7 +108,11 @@ def _put_tensor(thing: Any, content: Any) -> None:
     if thing.shape == content.shape and torch.equal(thing, content):
         return
     with torch.inference_mode(thing.is_inference()), torch.no_grad():
-        thing.resize_(content.shape).copy_(content)
+        if thing.shape != content.shape:
+            thing.resize_(content.shape)
+        # what is expanded has each number once
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in thing.stride())
+        thing[once].copy_(content[once])
 
 
 def _put_cell(thing: Any, content: Any) -> None:
@@ -181,7 +185,8 @@ def _look(thing: Any) -> Part:
         put, copy, children = _KINDS[kind]
         return Part(thing, put, copy(thing), children(thing))
     if kind is np.ndarray and not thing.dtype.hasobject:
-        return Part(thing, np.copyto, thing.copy(), ())
+        # one that is read-only changes with what it shows
+        return Part(thing, np.copyto if thing.flags.writeable else None, thing.copy(), [thing.base])
     if kind is types.CellType:
         try:
             content = thing.cell_contents

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 from families import configured, family, perturbed
@@ -60,6 +61,22 @@ class ByScores(Remembering):
     @property
     def state(self):
         return self.calls, self.seen, list(self.best), self.total.tolist()
+
+
+class Views(Remembering):
+    """Counts in arrays and tensors, and reads them by views that can't be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.array = torch.zeros(1), np.zeros(1, dtype=int)
+        self.expanded, self.broadcast = self.number.expand(4), np.broadcast_to(self.array, (3,))
+        self.fixed = np.frombuffer(b"ab", dtype=np.uint8)
+
+    def advance(self, input_ids, scores):
+        super().advance(input_ids, scores)
+        self.number += 1
+        self.array += 2
+        self.calls = int(self.expanded[2]) + int(self.broadcast[1]) + int(self.fixed[0])
 
 
 class Thinking(Remembering):
@@ -147,8 +164,9 @@ class Function:
         return self.function.__closure__[0].cell_contents
 
 
-KINDS = {cls.__name__: cls for cls in (Remembering, ByScores, Thinking, Iterating, Later, RollingBack, Function)}
-COPIED = ("Remembering", "ByScores", "Thinking", "RollingBack", "Function")
+COPIED_KINDS = (Remembering, ByScores, Views, Thinking, RollingBack, Function)
+COPIED = tuple(cls.__name__ for cls in COPIED_KINDS)
+KINDS = {cls.__name__: cls for cls in (*COPIED_KINDS, Iterating, Later)}
 
 
 def called(make, rows, eos=None, strategy=None, **kwargs):
