@@ -246,6 +246,8 @@ def layer_windows(model: PreTrainedModel, argument: str = "model") -> list[int |
         raise refuse("its attention does not go through Transformers' AttentionInterface")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse(f"its layers share keys and values (num_kv_shared_layers={config.num_kv_shared_layers})")
+    if getattr(config, "cross_attention_layers", None):
+        raise refuse("some of its layers attend to an image (cross_attention_layers)")
     if getattr(config, "kv_lora_rank", None):
         raise refuse("its attention is latent (MLA), which has not been tested")
     if getattr(config, "use_bidirectional_attention", False):

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -92,25 +93,39 @@ class _Copies:
 
     def __init__(self, edit: Edit, made: dict[int, nn.Module], hooks: bool) -> None:
         self.edit, self.hooks = edit, hooks
-        self.made = dict(made)
+        self.made, self.pairs = dict(made), list[tuple[nn.Module, nn.Module]]()
 
     def __call__(self, module: nn.Module) -> nn.Module:
+        """Return `module`'s copy, with what hangs on the copied instances bound to the copies."""
+        found = self.copy(module)
+        for made, original in self.pairs:
+            _rebind(made, original, self.made)
+        return found
+
+    def copy(self, module: nn.Module) -> nn.Module:
+        """Return the one copy of `module`, itself if nothing in it differs."""
         if id(module) not in self.made:
             self.made[id(module)] = self._copy(module)
         return self.made[id(module)]
 
     def _copy(self, module: nn.Module) -> nn.Module:
-        children = {name: child and self(child) for name, child in module._modules.items()}
+        if isinstance(
+            module, torch._dynamo.OptimizedModule
+        ):  # `torch.compile(module)`: the copy runs as it is written
+            inner = module._orig_mod
+            made = self.copy(inner)
+            return module if made is inner else made
+        children = {name: None if child is None else self.copy(child) for name, child in module._modules.items()}
         changes = self.edit(module)
         if not changes and all(child is module._modules[name] for name, child in children.items()):
             return module
         made = copy.copy(module)
         made._modules = children
-        _rebind(made, module)
         if not self.hooks:
             changes |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
         # weak, because copies are part of what is kept per model
         vars(made).update({_ORIGINAL: weakref.ref(original_of(module)), **changes})
+        self.pairs.append((made, module))
         return made
 
 
@@ -130,12 +145,12 @@ def _attending(config: PreTrainedConfig, made: dict[int, PreTrainedConfig]) -> P
     return made[id(config)]
 
 
-def _rebind(made: nn.Module, module: nn.Module) -> None:
-    """Bind to the copy what hangs on the instance and is bound to the original, such as Accelerate's forwards."""
+def _rebind(made: nn.Module, module: nn.Module, copies: dict[int, nn.Module]) -> None:
+    """Bind to copies what hangs on an instance and is bound to originals, such as Accelerate's forwards."""
     vars(made).pop("_compiled_call_impl", None)  # `module.compile()`: it would run the original
     for name, value in vars(module).items():
         if callable(value) and not isinstance(value, nn.Module):
-            bound = _bound_to(made, value, module)
+            bound = _bound_to(copies, value)
             if bound is None and name == "forward":
                 function = getattr(value, "__qualname__", value)
                 raise ValueError(
@@ -147,37 +162,39 @@ def _rebind(made: nn.Module, module: nn.Module) -> None:
             vars(made)[name] = value if bound is None else bound
 
 
-def _bound_to(made: nn.Module, value: Any, module: nn.Module, depth: int = 0) -> Any:
-    """Return `value` with the copy in place of the original, `None` if it does not hold the original."""
-    if value is module:
-        return made
+_WRAPPERS = 8
+"""Wrappers around a method that are looked into; a function may hold itself."""
+
+
+def _bound_to(copies: dict[int, nn.Module], value: Any, depth: int = 0) -> Any:
+    """Return `value` with copies in place of originals, `None` if it holds none that was copied."""
+    if isinstance(value, nn.Module):
+        made = copies.get(id(value), value)
+        return None if made is value else made
     if isinstance(value, types.MethodType):
-        return types.MethodType(value.__func__, made) if value.__self__ is module else None
+        made = _bound_to(copies, value.__self__)
+        return None if made is None else types.MethodType(value.__func__, made)
     if isinstance(value, functools.partial):
         parts = [value.func, *value.args]
-        bound = [_bound_to(made, part, module) for part in parts]
+        bound = [_bound_to(copies, part, depth) for part in parts]
         if all(part is None for part in bound):
             return None
         function, *args = (part if new is None else new for part, new in zip(parts, bound, strict=True))
         return functools.update_wrapper(functools.partial(function, *args, **value.keywords), value)
     inner = getattr(value, "_torchdynamo_orig_callable", None)  # `torch.compile(model.forward)`: the code as written
     if inner is not None:
-        return _bound_to(made, inner, module)
+        return _bound_to(copies, inner)
     if isinstance(value, types.FunctionType) and depth < _WRAPPERS:
-        return _bound_closure(made, value, module, depth + 1)
+        return _bound_closure(copies, value, depth + 1)
     return None
 
 
-_WRAPPERS = 8
-"""Wrappers around a method that are looked into; a function may hold itself."""
-
-
-def _bound_closure(made: nn.Module, function: types.FunctionType, module: nn.Module, depth: int) -> Any:
-    """Return a wrapper that a function has made around a method of the original, around the copy's."""
+def _bound_closure(copies: dict[int, nn.Module], function: types.FunctionType, depth: int) -> Any:
+    """Return a wrapper that a function has made around what belongs to originals, around that of the copies."""
     cells, bound = list(function.__closure__ or ()), False
     for index, cell in enumerate(cells):
         try:
-            new = _bound_to(made, cell.cell_contents, module, depth)
+            new = _bound_to(copies, cell.cell_contents, depth)
         except ValueError:  # an empty cell
             continue
         if new is not None:

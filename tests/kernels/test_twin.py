@@ -103,16 +103,28 @@ def replacements(calls):
         module.forward = torch.compile(module.forward, backend="eager")
         calls.append(1)
 
+    def children(module):
+        """A closure over a part of the module, which may be copied too."""
+        name, part = next(module.named_children())
+
+        def forward(*args, **kwargs):
+            calls.append(1)
+            assert getattr(module, name) is part
+            return type(module).forward(module, *args, **kwargs)
+
+        module.forward = forward
+
     def as_module(module):
         module.compile(backend="eager")
         calls.append(1)
 
     method = bound(counting(calls))
-    return {"method": method, "closure": closure, "partial": partial, "compiled": compiled, "module": as_module}
+    ways = {"method": method, "closure": closure, "partial": partial, "children": children}
+    return {**ways, "compiled": compiled, "module": as_module}
 
 
 @pytest.mark.parametrize("where", ["model", "attention"])
-@pytest.mark.parametrize("way", ["method", "closure", "partial", "compiled", "module"])
+@pytest.mark.parametrize("way", ["method", "closure", "partial", "children", "compiled", "module"])
 def test_replaced_forwards_run_the_copy(way, where):
     model, ids, calls = tiny_llama(), torch.arange(3, 9)[None], []
     expected = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -123,6 +135,16 @@ def test_replaced_forwards_run_the_copy(way, where):
     )
     assert torch.equal(found, expected) and calls
     assert vars(model).get("forward") is before
+
+
+def test_compiled_layers_run_as_they_are_written():
+    model, ids = tiny_llama(), torch.arange(3, 9)[None]
+    settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    for index, layer in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(layer, backend="eager")
+    for strategy in ("prompt_lookup", "specbound"):
+        assert torch.equal(model.generate(ids, **settings, assistant_strategy=strategy), expected)
 
 
 def test_a_forward_that_cannot_be_followed_is_refused_before_any_forward():
