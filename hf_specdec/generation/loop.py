@@ -17,6 +17,7 @@ from .. import _compat
 from ..configuration import SpeculationConfig
 from ..registry import config_class, strategy_class
 from . import admission, programs
+from .models.vocabulary import vocabulary_width
 from .output import Emitter, custom_criteria
 from .processors import ProcessorChain
 from .prompt import Prompt
@@ -159,13 +160,19 @@ class DecodingLoop:
     def _for_processors(
         self, strategy: SpeculationStrategy, state: DecodingState, criteria: StoppingCriteriaList
     ) -> SpeculationStrategy:
-        """Return `strategy`, or plain decoding where it can't serve processors that remember."""
+        """Return `strategy`, or plain decoding where it can't serve processors that remember or mix rows.
+
+        Raises:
+            ValueError: for processors that mix rows which may end apart.
+        """
         chain = state.processors
         custom, several = bool(custom_criteria(criteria)), state.batch > 1
-        if not chain.remembering:
+        if several and (custom or any(hasattr(rule, "eos_token_id") for rule in criteria)):
+            chain.check_rows(state.prompt.ids, vocabulary_width(state.model))
+        if not chain.remembering and not (several and chain.whole_columns):
             return strategy
         if self.config.strategy == "plain":
-            chain.in_order = True  # nothing has to be undone
+            chain.in_order = bool(chain.remembering)  # nothing has to be undone
             return strategy
         chain.may_judge_in_order = strategy.judges_in_order and not custom
         if several and not strategy.batched:
@@ -176,13 +183,14 @@ class DecodingLoop:
             reason = "that can't be copied, nor can drafts be judged one by one here"
         else:
             return strategy
+        what = "keep state between calls" if chain.remembering else "mix the rows of a batch"
         if not strategy.whole_model:
-            raise ValueError(f"{chain.names} may keep state between calls, and {reason}.")
+            raise ValueError(f"{chain.names} may {what}, and {reason}.")
         logger.warning_once(
-            f"{chain.names} may keep state between calls, and {reason}. So the strategy "
-            f"{self.config.strategy!r} takes plain steps. A processor that keeps none can say so: `stateless = True`."
+            f"{chain.names} may {what}, and {reason}. So the strategy {self.config.strategy!r} takes plain steps. A "
+            "processor that does not can say so: `stateless = True`."
         )
-        chain.in_order = chain.may_judge_in_order = True
+        chain.in_order = chain.may_judge_in_order = bool(chain.remembering)
         settings = config_class("plain")
         shared = {name: getattr(self.config, name) for name in ("compile", "kernels") if self.config.has_field(name)}
         return strategy_class("plain")(settings(**shared))

@@ -53,7 +53,7 @@ class Emitter:
         With `count` the step counts in the statistics; the prefill's token does not.
         """
         state, kept, written = self.state, [], {}
-        if state.processors.remembering:
+        if state.processors.remembering or (state.processors.whole_columns and len(state.active) > 1):
             self._level(result)
         for slot, (row, tokens) in enumerate(zip(state.active, result.tokens.tolist(), strict=True)):
             new = tokens[: min(result.counts[slot], state.max_length - state.text.columns[row])]
@@ -86,8 +86,8 @@ class Emitter:
             new = tokens[: result.counts[slot]]
             ends.append(next((place + 1 for place, token in enumerate(new) if token in self.eos), len(new)))
         width = min(ends)
-        seen = state.processors.reached - state.text.columns[state.active[0]]
-        width = min(width, seen)  # a lossy rule can keep what was not processed
+        if state.processors.remembering:  # a lossy rule can keep what was not processed
+            width = min(width, state.processors.reached - state.text.columns[state.active[0]])
         result.counts = [width] * len(ends)
         result.accepted = [min(width, count) for count in result.accepted]
 

@@ -23,7 +23,7 @@ from .. import _compat
 from .call_path import CallPath
 from .memory import Copied, Memory, Opaque, Undone
 from .prefixes import BLOCK_RULES, Prefixes
-from .purity import has_rollback, may_remember
+from .purity import has_rollback, is_row_wise, may_remember
 
 
 def _types(*names: str) -> set[type]:
@@ -60,6 +60,38 @@ _BANS_NO_TEXT = (_IGNORES_IDS - _SUPPRESS) | _types(
 """Warpers, and others that make no token impossible because of the text."""
 
 
+def _name(processor: LogitsProcessor) -> str:
+    if _compat.allowed_tokens_function(processor):
+        return "`prefix_allowed_tokens_fn`"
+    return f"`logits_processor` {getattr(processor, '__name__', type(processor).__name__)}"
+
+
+def _mixes_rows(processor: LogitsProcessor, ids: torch.Tensor, width: int) -> bool:
+    """Return whether the first or the last row's result changes with the other rows' scores."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(len(ids), width, generator=generator).to(ids.device) for _ in range(2))
+    memory = Copied([processor])
+    try:
+        saved = memory.save()
+    except Opaque:
+        return False
+    found = []
+    with torch.random.fork_rng([]):
+        for row in (0, len(ids) - 1):
+            other = two.clone()
+            other[row] = one[row]
+            results = []
+            for scores in (one, other):
+                try:
+                    results.append(processor(ids, scores.clone())[row])
+                except Exception:  # noqa: BLE001 - it does not like scores that no model gives: nothing is learnt
+                    return False
+                finally:
+                    memory.restore(saved)
+            found.append(not torch.equal(*results))
+    return any(found)
+
+
 class JudgeInOrder(Exception):
     """What processors remember can't be copied any more: the round is to be judged column by column."""
 
@@ -92,6 +124,7 @@ class ProcessorChain:
         self.processors = list(processors)
         self._banning = [processor for processor in self.processors if type(processor) not in _BANS_NO_TEXT]
         self.remembering = [processor for processor in self.processors if may_remember(processor)]
+        self._together = [p for p in self.processors if not is_row_wise(p) or any(p is r for r in self.remembering)]
         self.in_order, self.may_judge_in_order = False, True
         self._asked = self.width = 0
         self.reached = sys.maxsize
@@ -109,13 +142,26 @@ class ProcessorChain:
 
     @property
     def names(self) -> str:
-        """The names of the processors that may remember something, for messages."""
-        return ", ".join(
-            "`prefix_allowed_tokens_fn`"
-            if _compat.allowed_tokens_function(part)
-            else f"`logits_processor` {getattr(part, '__name__', type(part).__name__)}"
-            for part in self.remembering
-        )
+        """The names of the processors that may remember something or mix rows, for messages."""
+        return ", ".join(map(_name, self._together))
+
+    @property
+    def whole_columns(self) -> bool:
+        """Whether some processor may have to see all rows at a time, so that rows have to stay level."""
+        return bool(self._together)
+
+    def check_rows(self, ids: torch.Tensor, width: int) -> None:
+        """Raise `ValueError` for a processor whose result for a row depends on other rows' scores `[width]`.
+
+        It is tried on the prompts `ids` `[b, T]` with random scores, and what it remembers of that is put back.
+        """
+        for processor in self._together:
+            if not has_rollback(processor) and _mixes_rows(processor, ids, width):
+                raise ValueError(
+                    f"{_name(processor)} mixes the scores of the rows, and rows may end apart. Rows that have ended "
+                    "have no scores under `assistant_strategy`. Let all rows be of one length (`eos_token_id=None` "
+                    'in a generation config), pass one row per call, or `assistant_strategy="off"`.'
+                )
 
     @property
     def reads_text(self) -> bool:

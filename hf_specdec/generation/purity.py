@@ -27,6 +27,10 @@ _MUTATORS = {
     *("append", "extend", "add", "update", "pop", "insert", "remove", "clear", "setdefault", "discard", "sort"),
     *("reverse", "appendleft", "extendleft", "popleft", "popitem", "rotate", "move_to_end", "subtract", "next"),
     *("send", "fill", "put", "resize", "itemset", "partition", "numpy", "data", "set_state"),
+    # functions that change an argument
+    *("heappush", "heappop", "heapify", "heapreplace", "heappushpop", "heapq", "bisect", "insort", "insort_left"),
+    *("insort_right", "shuffle", "at", "copyto", "place", "putmask", "put_along_axis", "fill_diagonal", "setitem"),
+    *("delitem", "iadd", "iconcat", "ior", "memoryview", "pack_into", "readinto", "set_", "setflags"),
     *("difference_update", "intersection_update", "symmetric_difference_update", "__setitem__", "__delitem__"),
 }
 _CONSTRUCTORS = {"__init__", "__post_init__", "__new__"}
@@ -54,6 +58,16 @@ def may_remember(processor: Any) -> bool:
         return True
     changeable = any(isinstance(thing, CONTAINERS) for thing in things)
     return any(map(_draws_or_hides, things)) or any(_stores(thing, changeable) for thing in things)
+
+
+def is_row_wise(processor: Any) -> bool:
+    """Return whether a logits processor is known to look, for each row, at that row only.
+
+    Those of Transformers do, a caller's `prefix_allowed_tokens_fn` by its use, others say so by `stateless`.
+    """
+    if type(processor).__module__ == stock.__name__:
+        return True
+    return getattr(processor, "stateless", False) is True
 
 
 def has_rollback(processor: Any) -> bool:

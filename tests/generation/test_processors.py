@@ -382,3 +382,42 @@ def test_min_length_and_eos_in_a_ragged_batch(model, inputs):
         assert torch.equal(finite, ours[live].isfinite())
         torch.testing.assert_close(ours[live][finite], theirs[live][finite], atol=1e-5, rtol=0)
     assert math.prod(found.sequences.shape) > 0
+
+
+class Contrasts(LogitsProcessor):
+    """Context-aware decoding: one half of the rows against the other."""
+
+    def __call__(self, input_ids, scores):
+        return scores - 0.9 * scores.flip(0)
+
+
+class Diverse(LogitsProcessor):
+    """Bans what another row has just written."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(1, input_ids[:, -1], -torch.inf)
+
+
+@pytest.mark.parametrize("strategy", BASES)
+@pytest.mark.parametrize("processor", [Contrasts(), Diverse()], ids=["scores", "text"])
+def test_rows_that_are_mixed_stay_level(strategy, processor, llama):
+    inputs = {**llama.batch, "max_new_tokens": 16, "logits_processor": LogitsProcessorList([processor])}
+    expected = llama.stock(**inputs)
+    assert not torch.equal(expected, llama.stock(**{**inputs, "logits_processor": None}))
+    assert torch.equal(llama.ours(strategy, **inputs), expected)
+
+
+def test_rows_that_end_apart_cannot_be_mixed(llama):
+    inputs = {**llama.batch, "max_new_tokens": 16, "eos_token_id": llama.eos}
+    calls = []
+    handle = llama.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with pytest.raises(ValueError, match="`logits_processor` Contrasts mixes the scores of the rows"):
+            llama.ours("prompt_lookup", **inputs, logits_processor=LogitsProcessorList([Contrasts()]))
+    finally:
+        handle.remove()
+    assert not calls
+    # what looks at the other rows' text only is served: the padding of a row that has ended is stock's
+    processors = LogitsProcessorList([Diverse()])
+    found = llama.ours("prompt_lookup", **inputs, logits_processor=processors)
+    assert torch.equal(found, llama.stock(**inputs, logits_processor=processors))

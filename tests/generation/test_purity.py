@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import functools
+import heapq
 import itertools
 import random
 from typing import NamedTuple
@@ -64,6 +66,26 @@ def adds(self, ids, scores):
 
 def writes_out(self, ids, scores):
     torch.add(scores, 1, out=self.table)
+    return scores
+
+
+def pushes(self, ids, scores):
+    heapq.heappush(self.table, 1)
+    return scores
+
+
+def sorts_in(self, ids, scores):
+    bisect.insort(self.table, 1)
+    return scores
+
+
+def shuffles(self, ids, scores):
+    random.Random(4).shuffle(self.table)
+    return scores
+
+
+def copies_into(self, ids, scores):
+    np.copyto(self.table, np.ones(1))
     return scores
 
 
@@ -148,6 +170,10 @@ PURE = {
 }
 REMEMBERING = {
     "a count": of(counts, count=0),
+    "a heap": of(pushes, table=[]),
+    "a sorted list": of(sorts_in, table=[]),
+    "a shuffled list": of(shuffles, table=[1, 2, 3]),
+    "an array by copyto": of(copies_into, table=np.zeros(1)),
     "a list": of(appends, table=[]),
     "a tensor in place": of(adds, table=torch.zeros(1)),
     "a tensor by out=": of(writes_out, table=torch.zeros(1)),
