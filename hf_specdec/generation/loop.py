@@ -89,9 +89,10 @@ class DecodingLoop:
         if windows is None:
             admission.give_way(generation_config, model.generation_config)
             windows = admission.admit(model, generation_config, synced_gpus)
-        chain = logits_processor or LogitsProcessorList()
+        chain, criteria = ProcessorChain(logits_processor or []), stopping_criteria or StoppingCriteriaList()
+        if len(input_ids) > 1 and any(hasattr(rule, "eos_token_id") or custom_criteria([rule]) for rule in criteria):
+            chain.check_rows(input_ids, vocabulary_width(model))
         state = self._prepare(strategy, model, input_ids, chain, generation_config, list(windows), model_kwargs)
-        criteria = stopping_criteria or StoppingCriteriaList()
         strategy = self._for_processors(strategy, state, criteria)
         emitter = self._emitter(strategy, state, criteria, streamer)
         past = model_kwargs.get("past_key_values")
@@ -123,7 +124,7 @@ class DecodingLoop:
         strategy: SpeculationStrategy,
         model: PreTrainedModel,
         input_ids: torch.Tensor,
-        processors: LogitsProcessorList,
+        processors: ProcessorChain,
         generation_config: GenerationConfig,
         windows: list[int | None],
         model_kwargs: dict[str, Any],
@@ -131,7 +132,6 @@ class DecodingLoop:
         """Check the call and build its state; nothing has been computed or changed by then."""
         admission.check_arguments(model, model_kwargs)
         programs.check(self.config.compile, self.config.kernels, model)
-        strategy.prepare(model)
         past = admission.check_cache(model_kwargs.get("past_key_values"), input_ids.shape[0])
         width = _compat.cached_mask_length(generation_config)
         prompt = Prompt.read(input_ids, model_kwargs.get("attention_mask"), past, width)
@@ -145,10 +145,11 @@ class DecodingLoop:
         admission.check_rope(
             model.config.get_text_config(decoder=True), min(prompt.lengths), max(prompt.lengths) + room
         )
+        adapters = admission.row_adapters(model, input_ids.shape[0], self.config.compile)
+        strategy.prepare(model)  # which may load files, and look at parts of the model
         rows: list[list[int]] = [[] for _ in range(input_ids.shape[0])]
         stats = SpeculationStats(strategy=self.config.strategy, accept_lengths=rows, timed=timings_wanted())
-        adapters = admission.row_adapters(model, input_ids.shape[0], self.config.compile)
-        state = DecodingState(model, prompt, generation_config, ProcessorChain(processors), windows, stats, adapters)
+        state = DecodingState(model, prompt, generation_config, processors, windows, stats, adapters)
         if not strategy.whole_model:
             admission.check_partial(model_kwargs.get("past_key_values"), generation_config, state.batch)
         if not strategy.lossless:
@@ -160,15 +161,9 @@ class DecodingLoop:
     def _for_processors(
         self, strategy: SpeculationStrategy, state: DecodingState, criteria: StoppingCriteriaList
     ) -> SpeculationStrategy:
-        """Return `strategy`, or plain decoding where it can't serve processors that remember or mix rows.
-
-        Raises:
-            ValueError: for processors that mix rows which may end apart.
-        """
+        """Return `strategy`, or plain decoding where it can't serve processors that remember or mix rows."""
         chain = state.processors
         custom, several = bool(custom_criteria(criteria)), state.batch > 1
-        if several and (custom or any(hasattr(rule, "eos_token_id") for rule in criteria)):
-            chain.check_rows(state.prompt.ids, vocabulary_width(state.model))
         if not chain.remembering and not (several and chain.whole_columns):
             return strategy
         if self.config.strategy == "plain":

@@ -43,6 +43,13 @@ _CONSTANTS = (
 CONTAINERS = (list, dict, set, deque, bytearray, torch.Tensor, np.ndarray)
 """What can be changed without a new value for any attribute or name."""
 
+CONSTRUCTORS = {"__init__", "__post_init__", "__new__"}
+"""What runs once, before any call."""
+_DRAWS = {
+    *("random", "randrange", "randint", "getrandbits", "shuffle", "choice", "choices", "gauss", "normalvariate"),
+    *("uniform", "normal", "rand", "randn", "randperm", "rand_like", "randn_like", "randint_like", "multinomial"),
+    *("bernoulli", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "dropout", "default_rng"),
+}
 _MISSING = object()
 
 
@@ -181,6 +188,8 @@ _KINDS: dict[type, tuple[Callable[[Any, Any], None] | None, Callable[[Any], Any]
 def _look(thing: Any) -> Part:
     """Return `thing` with what it holds; raise `Opaque` if that can't be copied."""
     kind = type(thing)
+    if isinstance(thing, torch.Tensor) and (thing.layout is not torch.strided or thing.is_meta or thing.is_quantized):
+        raise Opaque(f"a tensor of layout {thing.layout}")
     if kind in _KINDS:
         put, copy, children = _KINDS[kind]
         return Part(thing, put, copy(thing), children(thing))
@@ -208,6 +217,9 @@ def _look_at_function(thing: types.FunctionType) -> Part:
     children += thing.__dict__.values()
     bindings: dict[str, Any] = {}
     if not is_library(thing.__globals__.get("__name__")):
+        drawing = any(_DRAWS.intersection(code.co_names) for code in codes_in(thing.__code__))
+        if drawing and thing.__name__ not in CONSTRUCTORS:
+            raise Opaque(f"{thing.__qualname__} draws random numbers")  # perhaps from a generator of the process
         known, (names, stored, imported) = thing.__globals__, _names_of(thing.__code__)
         bindings = {name: known.get(name, _MISSING) for name in stored}
         values = [known[name] for name in names if name in known] + [sys.modules.get(name) for name in imported]

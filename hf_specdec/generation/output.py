@@ -6,6 +6,7 @@ once every unfinished row has it. Rows that are ahead lose what lies past the ve
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from .state import DecodingState
 from .strategy import StepResult
 
 
-def custom_criteria(criteria: StoppingCriteriaList) -> list[StoppingCriteria]:
+def custom_criteria(criteria: Iterable[StoppingCriteria]) -> list[StoppingCriteria]:
     """Return the criteria that have to be called on each column."""
     return [rule for rule in criteria if type(rule) not in (EosTokenCriteria, MaxLengthCriteria)]
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers.generation import logits_process as stock
-from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.logits_process import LogitsProcessor
 
 from .. import _compat
 from .call_path import CallPath
@@ -100,7 +100,7 @@ class ProcessorChain:
     """The processors of one call.
 
     Args:
-        processors (`LogitsProcessorList`): as prepared by `generate()`.
+        processors (`Sequence[LogitsProcessor]`): as prepared by `generate()`.
 
     Attributes:
         remembering (`list`): those that may remember something between calls.
@@ -113,7 +113,7 @@ class ProcessorChain:
         ValueError: for a processor that runs a model of its own with a cache.
     """
 
-    def __init__(self, processors: LogitsProcessorList) -> None:
+    def __init__(self, processors: Sequence[LogitsProcessor]) -> None:
         for processor in processors:
             if type(processor).__name__ == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
                 raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from transformers.generation import logits_process as stock
 
 from .. import _compat
-from .memory import CONTAINERS, Opaque, codes_in, is_library, reachable
+from .memory import CONSTRUCTORS, CONTAINERS, Opaque, codes_in, is_library, reachable
 
 
 _STOCK_WITH_STATE = {
@@ -33,7 +33,6 @@ _MUTATORS = {
     *("delitem", "iadd", "iconcat", "ior", "memoryview", "pack_into", "readinto", "set_", "setflags"),
     *("difference_update", "intersection_update", "symmetric_difference_update", "__setitem__", "__delitem__"),
 }
-_CONSTRUCTORS = {"__init__", "__post_init__", "__new__"}
 
 
 def may_remember(processor: Any) -> bool:
@@ -97,7 +96,7 @@ def _stores(thing: Any, changeable: bool) -> bool:
     Args:
         changeable (`bool`): whether containers or tensors outlive it; if not, what is changed in place is its own.
     """
-    if not isinstance(thing, types.FunctionType) or thing.__name__ in _CONSTRUCTORS:
+    if not isinstance(thing, types.FunctionType) or thing.__name__ in CONSTRUCTORS:
         return False
     if is_library(thing.__globals__.get("__name__")):
         return False

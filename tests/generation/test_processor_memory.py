@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import deque
 
 import numpy as np
@@ -128,6 +129,18 @@ class Later(Remembering):
             self.calls = next(self.numbers)
 
 
+class Drawing(Remembering):
+    """Draws from Python's own generator, whose seed the caller has set."""
+
+    def __init__(self):
+        super().__init__()
+        random.seed(3)
+
+    def advance(self, input_ids, scores):
+        super().advance(input_ids, scores)
+        self.calls = random.randrange(100)
+
+
 class RollingBack(Iterating):
     """Can undo its calls by itself, and does not like to undo what it was not asked."""
 
@@ -166,7 +179,7 @@ class Function:
 
 COPIED_KINDS = (Remembering, ByScores, Views, Thinking, RollingBack, Function)
 COPIED = tuple(cls.__name__ for cls in COPIED_KINDS)
-KINDS = {cls.__name__: cls for cls in (*COPIED_KINDS, Iterating, Later)}
+KINDS = {cls.__name__: cls for cls in (*COPIED_KINDS, Iterating, Later, Drawing)}
 
 
 def called(make, rows, eos=None, strategy=None, **kwargs):

@@ -89,6 +89,10 @@ def copies_into(self, ids, scores):
     return scores
 
 
+def draws(self, ids, scores):
+    return scores + random.random()
+
+
 def sets(self, ids, scores):
     setattr(self, "x", 1)  # noqa: B010
     return scores
@@ -170,6 +174,8 @@ PURE = {
 }
 REMEMBERING = {
     "a count": of(counts, count=0),
+    "the process's random numbers": of(draws),
+    "a sparse count": of(counts, count=0, table=torch.eye(2).to_sparse()),
     "a heap": of(pushes, table=[]),
     "a sorted list": of(sorts_in, table=[]),
     "a shuffled list": of(shuffles, table=[1, 2, 3]),
