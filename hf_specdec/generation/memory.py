@@ -45,6 +45,7 @@ CONTAINERS = (list, dict, set, deque, bytearray, torch.Tensor, np.ndarray)
 
 CONSTRUCTORS = {"__init__", "__post_init__", "__new__"}
 """What runs once, before any call."""
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator)
 _DRAWS = {
     *("random", "randrange", "randint", "getrandbits", "shuffle", "choice", "choices", "gauss", "normalvariate"),
     *("uniform", "normal", "rand", "randn", "randperm", "rand_like", "randn_like", "randint_like", "multinomial"),
@@ -217,9 +218,6 @@ def _look_at_function(thing: types.FunctionType) -> Part:
     children += thing.__dict__.values()
     bindings: dict[str, Any] = {}
     if not is_library(thing.__globals__.get("__name__")):
-        drawing = any(_DRAWS.intersection(code.co_names) for code in codes_in(thing.__code__))
-        if drawing and thing.__name__ not in CONSTRUCTORS:
-            raise Opaque(f"{thing.__qualname__} draws random numbers")  # perhaps from a generator of the process
         known, (names, stored, imported) = thing.__globals__, _names_of(thing.__code__)
         bindings = {name: known.get(name, _MISSING) for name in stored}
         values = [known[name] for name in names if name in known] + [sys.modules.get(name) for name in imported]
@@ -301,7 +299,7 @@ def _is_constant(thing: Any) -> bool:
         return is_library(thing.__module__)
     if isinstance(thing, nn.Module):
         return is_library(type(thing).__module__)  # one of the caller's may keep anything
-    return type(thing).__module__.partition(".")[0] == "tokenizers"
+    return type(thing).__module__.partition(".")[0] == "tokenizers" and type(thing).__name__ != "DecodeStream"
 
 
 def _size(part: Part) -> int:
@@ -318,6 +316,7 @@ def reachable(roots: Iterable[Any]) -> Iterator[Part]:
     """
     seen: dict[int, Any] = {}
     waiting, size = deque(roots), 0
+    drawing: str | None = None
     code: deque[Any] = deque()
     while waiting or code:
         # the nearest data first, where what can't be copied mostly is
@@ -331,7 +330,17 @@ def reachable(roots: Iterable[Any]) -> Iterator[Part]:
             raise Opaque(f"more than {_MOST_OBJECTS} objects or {_MOST_BYTES} bytes")
         for child in part.children:
             (code if isinstance(child, (type, types.FunctionType)) else waiting).append(child)
+        if isinstance(thing, types.FunctionType) and _draws(thing):
+            drawing = thing.__qualname__
         yield part
+    if drawing and not any(isinstance(thing, _GENERATORS) for thing in seen.values()):
+        raise Opaque(f"{drawing} draws random numbers from a generator of the process")
+
+
+def _draws(function: types.FunctionType) -> bool:
+    if is_library(function.__globals__.get("__name__")) or function.__name__ in CONSTRUCTORS:
+        return False
+    return any(_DRAWS.intersection(code.co_names) for code in codes_in(function.__code__))
 
 
 # what the loop uses
