@@ -231,7 +231,7 @@ class _Call:
         ours = (*_TAKEN, *HUB_KEYWORDS, "custom_generate")
         keywords = {name: value for name, value in self.keywords.items() if name not in ours}
         changes = {name: value for name, value in changed.items() if value is not None}
-        if keywords.get("past_key_values") is not None and keywords.get("cache_implementation") is None:
+        if keywords.get("past_key_values") is not None and keywords.get("cache_implementation") in (None, "hybrid"):
             changes["cache_implementation"] = None  # stock takes one of the two
         strings = self.value("stop_strings")
         if strings is not None:

@@ -125,4 +125,5 @@ def _step_stores(step: dis.Instruction, outer: set[str], changeable: bool) -> bo
 
 
 def _mutates(name: str) -> bool:
-    return name in _MUTATORS or (name.endswith("_") and not name.startswith("_"))
+    in_place = name.endswith("_") and (not name.startswith("_") or name.startswith("_foreach"))
+    return name in _MUTATORS or in_place

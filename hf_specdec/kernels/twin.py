@@ -41,9 +41,10 @@ def twin_of(module: _Module) -> _Module:
 
     def edit(part: nn.Module) -> dict[str, Any]:
         config = vars(part).get("config")
-        changes = {"config": _attending(config, configs)} if isinstance(config, PreTrainedConfig) else {}
-        # what is hung on the twin's head must not be called by the model's
-        return changes | _own_hooks(part) if part is head else changes
+        if isinstance(config, PreTrainedConfig):
+            return {"config": _attending(config, configs)}
+        # the head has hooks of its own: what is hung on the twin's must not be called by the model's
+        return {"training": part.training} if part is head else {}
 
     return edited(module, edit)
 
@@ -84,7 +85,7 @@ def exchanged(module: _Module, changes: dict[int, nn.Module], hooks: bool = Fals
 
 
 def edited(module: _Module, edit: Edit) -> _Module:
-    """Return a copy of `module` in which modules differ as `edit` says; `module` if none does. Hooks are shared."""
+    """Return a copy of `module` in which modules differ as `edit` says; `module` if none does. It has its hooks."""
     return cast(_Module, _Copies(edit, {}, hooks=True)(module))
 
 
@@ -119,18 +120,28 @@ class _Copies:
         changes = self.edit(module)
         if not changes and all(child is module._modules[name] for name, child in children.items()):
             return module
-        made = copy.copy(module)
-        made._modules = children
-        if not self.hooks:
-            changes |= {"_forward_hooks": OrderedDict(), "_forward_pre_hooks": OrderedDict()}
+        made = module.__class__.__new__(module.__class__)  # not `copy.copy`, which parametrized modules refuse
+        vars(made).update(vars(module), _modules=children)
+        hooks = {
+            name: _for_original(module, getattr(module, name)) if self.hooks else OrderedDict() for name in _HOOKS
+        }
+        changes = {**hooks, **changes}
         # weak, because copies are part of what is kept per model
         vars(made).update({_ORIGINAL: weakref.ref(original_of(module)), **changes})
         self.pairs.append((made, module))
         return made
 
 
-def _own_hooks(module: nn.Module) -> dict[str, Any]:
-    return {name: OrderedDict(getattr(module, name)) for name in ("_forward_hooks", "_forward_pre_hooks")}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _for_original(module: nn.Module, hooks: OrderedDict[int, Any]) -> OrderedDict[int, Any]:
+    """Return the hooks of a module for its copy: they are called with the original, as long as they hang there."""
+
+    def wrapped(key: int, hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda _, *args: hook(module, *args) if key in hooks else None
+
+    return OrderedDict((key, wrapped(key, hook)) for key, hook in hooks.items())
 
 
 def _attending(config: PreTrainedConfig, made: dict[int, PreTrainedConfig]) -> PreTrainedConfig:

@@ -56,17 +56,46 @@ def test_copies_know_their_original_and_do_not_keep_it():
     assert gone() is None
 
 
-def test_hooks_are_the_models_own_at_any_time():
+def test_hooks_are_called_with_the_models_own_modules():
+    """Recorders and steering look modules up, and write on them; a hook that is gone is not called any more."""
+    model, ids = tiny_llama(), torch.arange(3, 9)[None]
+    settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    names, seen = {module: name for name, module in model.named_modules()}, set()
+    target = model.model.layers[1]
+
+    def steer(module, inputs, output):
+        seen.add(names[module])
+        module.calls = getattr(module, "calls", 0) + 1
+        return output + 1.0 if module is target else output
+
+    for module in (model, target, target.self_attn, target.mlp.up_proj):
+        module.register_forward_hook(steer if module is target else lambda m, *_: seen.add(names[m]))
+    once = target.register_forward_pre_hook(lambda m, args, kwargs: once.remove(), with_kwargs=True)
+    expected = model.generate(ids, **settings)
+    every, seen, target.calls = set(seen), set(), 0
+    once = target.register_forward_pre_hook(lambda m, args, kwargs: once.remove(), with_kwargs=True)
+    assert torch.equal(model.generate(ids, **settings, assistant_strategy="prompt_lookup"), expected)
+    assert seen == every and target.calls > 1
+
+
+def test_what_hangs_on_the_twins_head_is_not_the_models():
     model, seen = tiny_llama(), []
-    twin = twin_of(model)
-    handle = decoder_layers(model)[1].self_attn.register_forward_hook(lambda *_: seen.append("layer"))
-    assert decoder_layers(twin)[1].self_attn._forward_hooks
-    handle.remove()
-    assert not decoder_layers(twin)[1].self_attn._forward_hooks
-    # but what hangs on the twin's head is called by nobody else
-    twin.lm_head.register_forward_pre_hook(lambda *_: seen.append("head"))
+    twin_of(model).lm_head.register_forward_pre_hook(lambda *_: seen.append("head"))
     model(torch.arange(3)[None])
     assert seen == []
+
+
+def test_heads_without_a_plain_weight():
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for change in (
+        lambda model: torch.nn.utils.parametrizations.weight_norm(model.lm_head),
+        lambda model: model.set_output_embeddings(nn.Sequential(model.lm_head, nn.Tanh())),
+    ):
+        model, ids = tiny_llama(), torch.arange(3, 9)[None]
+        change(model)
+        for strategy in ("prompt_lookup", "specbound"):
+            found = model.generate(ids, **settings, assistant_strategy=strategy)
+            assert torch.equal(found, model.generate(ids, **settings))
 
 
 def bound(function):

@@ -89,7 +89,10 @@ class Layerwise:
         self.model, self.layers = model, decoder_layers(model)
         base = model.base_model
         if base is model:
-            raise ValueError(f"{type(model).__name__} has no base model below its head, so it can't be run by layers.")
+            raise ValueError(
+                f"{type(model).__name__} has no base model below its head, so it can't be run by layers under "
+                "`assistant_strategy`."
+            )
         self._noted: list[Any] = []
         recorders = nn.ModuleList(Proxy(layer, self._note) for layer in self.layers)
         self._recorder = cast(Callable[..., Any], exchanged(base, {id(self.layers): recorders}))
@@ -162,7 +165,7 @@ class Layerwise:
         found = self.tail()(self.norm(staircase.states))
         if not torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
             raise ValueError(
-                f"{type(self.model).__name__} can't be run by layers: its logits differ by "
+                f"{type(self.model).__name__} can't be run by layers under `assistant_strategy`: its logits differ by "
                 f"{float((found - logits).abs().max()):.3g} from its own forward's."
             )
         _checked.add(original_of(self.model))
@@ -208,8 +211,8 @@ class Layerwise:
         same = hidden.data_ptr() == last.data_ptr() and hidden.shape == last.shape  # some reshape it to what it was
         if not same or len(self._noted) != len(self.layers):
             raise ValueError(
-                f"{type(self.model).__name__} can't be run by layers: its forward does more around them than call one "
-                "module after the other."
+                f"{type(self.model).__name__} can't be run by layers under `assistant_strategy`: its forward does "
+                "more around them than call one module after the other."
             )
         return nn.Sequential(*norms)
 

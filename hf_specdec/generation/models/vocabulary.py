@@ -55,9 +55,9 @@ class ReducedHead(nn.Module):
 
 def head_weight(head: nn.Module) -> torch.Tensor:
     """Return the weight `[V, H]` of an LM head; raise `ValueError` if it can't be copied."""
-    weight = head.weight
+    weight = getattr(head, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta:
-        how = "offloaded" if isinstance(weight, torch.Tensor) else "packed"
+        how = "offloaded" if isinstance(weight, torch.Tensor) else "no plain matrix"
         raise ValueError(
             f"The model's LM head, a {type(head).__name__}, is {how}, and what was asked for under "
             "`assistant_strategy` copies its weight. Use a strategy without trained heads or drafts, or the model as "
@@ -72,7 +72,9 @@ def vocabulary_width(model: nn.Module) -> int:
     if isinstance(head, ReducedHead):
         return head.width
     width = getattr(head, "out_features", None)  # also where the weight is packed
-    return int(head.weight.shape[0] if width is None else width)
+    if width is None and isinstance(getattr(head, "weight", None), torch.Tensor):
+        width = head.weight.shape[0]
+    return int(model.config.get_text_config(decoder=True).vocab_size if width is None else width)  # type: ignore
 
 
 def pad_vocabulary(logits: torch.Tensor, width: int) -> torch.Tensor:
