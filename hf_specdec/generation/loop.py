@@ -170,6 +170,7 @@ class DecodingLoop:
             chain.in_order = bool(chain.remembering)  # nothing has to be undone
             return strategy
         chain.may_judge_in_order = strategy.judges_in_order and not custom
+        chain.may_go_plain = strategy.can_stop_drafting
         if several and not strategy.batched:
             reason = "the strategy decodes the rows of a batch in turn, and a processor is called with all of them"
         elif several and custom:

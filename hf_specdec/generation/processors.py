@@ -18,12 +18,16 @@ from collections.abc import Sequence
 import torch
 from transformers.generation import logits_process as stock
 from transformers.generation.logits_process import LogitsProcessor
+from transformers.utils import logging
 
 from .. import _compat
 from .call_path import CallPath
 from .memory import Copied, Memory, Opaque, Undone
 from .prefixes import BLOCK_RULES, Prefixes
-from .purity import has_rollback, is_row_wise, may_remember
+from .purity import has_rollback, is_row_wise, may_remember, mixes_rows
+
+
+logger = logging.get_logger(__name__)
 
 
 def _types(*names: str) -> set[type]:
@@ -66,32 +70,6 @@ def _name(processor: LogitsProcessor) -> str:
     return f"`logits_processor` {getattr(processor, '__name__', type(processor).__name__)}"
 
 
-def _mixes_rows(processor: LogitsProcessor, ids: torch.Tensor, width: int) -> bool:
-    """Return whether the first or the last row's result changes with the other rows' scores."""
-    generator = torch.Generator().manual_seed(0)
-    one, two = (torch.randn(len(ids), width, generator=generator).to(ids.device) for _ in range(2))
-    memory = Copied([processor])
-    try:
-        saved = memory.save()
-    except Opaque:
-        return False
-    found = []
-    with torch.random.fork_rng([]):
-        for row in (0, len(ids) - 1):
-            other = two.clone()
-            other[row] = one[row]
-            results = []
-            for scores in (one, other):
-                try:
-                    results.append(processor(ids, scores.clone())[row])
-                except Exception:  # noqa: BLE001 - it does not like scores that no model gives: nothing is learnt
-                    return False
-                finally:
-                    memory.restore(saved)
-            found.append(not torch.equal(*results))
-    return any(found)
-
-
 class JudgeInOrder(Exception):
     """What processors remember can't be copied any more: the round is to be judged column by column."""
 
@@ -106,6 +84,8 @@ class ProcessorChain:
         remembering (`list`): those that may remember something between calls.
         in_order (`bool`): whether they can only be called on what is emitted, once per column.
         may_judge_in_order (`bool`): whether whoever decodes could go on like that.
+        may_go_plain (`bool`): whether it could go on without drafts.
+        plain (`bool`): whether it has to.
         reached (`int`): columns of text up to which all scores of this round are processed.
         width (`int`): words that have a score, once some have been processed.
 
@@ -126,6 +106,7 @@ class ProcessorChain:
         self.remembering = [processor for processor in self.processors if may_remember(processor)]
         self._together = [p for p in self.processors if not is_row_wise(p) or any(p is r for r in self.remembering)]
         self.in_order, self.may_judge_in_order = False, True
+        self.plain, self.may_go_plain = False, True
         self._asked = self.width = 0
         self.reached = sys.maxsize
         self._path: CallPath
@@ -156,7 +137,7 @@ class ProcessorChain:
         It is tried on the prompts `ids` `[b, T]` with random scores, and what it remembers of that is put back.
         """
         for processor in self._together:
-            if not has_rollback(processor) and _mixes_rows(processor, ids, width):
+            if not has_rollback(processor) and mixes_rows(processor, ids, width):
                 raise ValueError(
                     f"{_name(processor)} mixes the scores of the rows, and rows may end apart. Rows that have ended "
                     "have no scores under `assistant_strategy`. Let all rows be of one length (`eos_token_id=None` "
@@ -202,7 +183,7 @@ class ProcessorChain:
 
         Raises:
             JudgeInOrder: if what processors remember has become something that can't be copied.
-            ValueError: if whoever decodes can't judge in order then.
+            ValueError: if whoever decodes can neither judge in order then nor go on without drafts.
         """
         prefixes, self.width = Prefixes(ids, rows, columns, drafts, counts, logits.shape[1]), logits.shape[-1]
         return self._apply(self.processors, logits.float(), prefixes, drafting, stops)
@@ -265,16 +246,22 @@ class ProcessorChain:
             return self._copied(processors, scores, prefixes, drafting, stops)
         except Opaque as error:
             self._path.restart(certain=True)
-            if not self.may_judge_in_order:
-                raise ValueError(
-                    f"{self.names} has begun to keep something that can't be copied ({error}), so "
-                    'it can\'t be used here; decode with `assistant_strategy="off"`, or see `stateless` and '
-                    "`rollback` in the documentation."
-                ) from error
-            self.in_order = True
+            self._go_on_in_order(error)
             if not drafting and scores.shape[1] > 1:
                 raise JudgeInOrder from error
             return self._apply(processors, scores, prefixes, drafting, stops)
+
+    def _go_on_in_order(self, error: Opaque) -> None:
+        """Call processors in order from here on, since what they remember can't be copied any more."""
+        found = f"{self.names} has begun to keep something that can't be copied ({error})"
+        if not self.may_judge_in_order:
+            if not self.may_go_plain:
+                raise ValueError(
+                    f'{found}, so it can\'t be used here; decode with `assistant_strategy="off"`, or see `stateless` '
+                    "and `rollback` in the documentation."
+                ) from error
+            logger.warning_once(f"{found}, so the call takes plain steps from here on.")
+        self.in_order, self.plain = True, not self.may_judge_in_order
 
     def _block(
         self, processors: list[LogitsProcessor], scores: torch.Tensor, prefixes: Prefixes, stops: bool = True

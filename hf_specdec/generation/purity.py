@@ -1,4 +1,4 @@
-"""Whether a logits processor can remember anything from one call to the next: yes, unless its code rules it out."""
+"""What is not known of a logits processor: whether it remembers anything between calls, and whether it mixes rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers.generation import logits_process as stock
 
 from .. import _compat
-from .memory import CONSTRUCTORS, CONTAINERS, Opaque, codes_in, is_library, reachable
+from .memory import CONSTRUCTORS, CONTAINERS, Copied, Opaque, codes_in, is_library, reachable
 
 
 _STOCK_WITH_STATE = {
@@ -67,6 +67,35 @@ def is_row_wise(processor: Any) -> bool:
     if type(processor).__module__ == stock.__name__:
         return True
     return getattr(processor, "stateless", False) is True
+
+
+def mixes_rows(processor: Any, ids: torch.Tensor, width: int) -> bool:
+    """Return whether the first or the last row's result changes with the other rows' scores.
+
+    It is tried on texts `ids` `[b, T]` with random scores `[b, width]`, and what it remembers of that is put back.
+    """
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(len(ids), width, generator=generator).to(ids.device) for _ in range(2))
+    memory = Copied([processor])
+    try:
+        saved = memory.save()
+    except Opaque:
+        return False
+    found = []
+    with torch.random.fork_rng([]):
+        for row in (0, len(ids) - 1):
+            other = two.clone()
+            other[row] = one[row]
+            results = []
+            for scores in (one, other):
+                try:
+                    results.append(processor(ids, scores.clone())[row])
+                except Exception:  # noqa: BLE001 - it does not like scores that no model gives: nothing is learnt
+                    return False
+                finally:
+                    memory.restore(saved)
+            found.append(not torch.equal(*results))
+    return any(found)
 
 
 def has_rollback(processor: Any) -> bool:

@@ -115,7 +115,7 @@ class DecodingState:
 
     def draft_room(self, limit: int) -> list[int]:
         """Return how many tokens each slot may draft: at most `limit`, and one less than it may emit."""
-        return [max(0, min(limit, left - 1)) for left in self.remaining]
+        return [0 if self.processors.plain else max(0, min(limit, left - 1)) for left in self.remaining]
 
     def is_eos(self, ids: torch.Tensor) -> torch.Tensor:
         """Return which of `ids` end a row; bool, of the same shape."""

@@ -199,6 +199,11 @@ class SpeculationStrategy:
         own = type(self)
         return own.accept is SpeculationStrategy.accept and own.step is SpeculationStrategy.step
 
+    @property
+    def can_stop_drafting(self) -> bool:
+        """Whether rounds may go on without drafts, for processors that turn out to need that."""
+        return type(self).step is SpeculationStrategy.step
+
     def session(self, state: DecodingState) -> AbstractContextManager[None]:
         """Return a context around the decoding of all rows of one call."""
         return nullcontext()
@@ -247,6 +252,8 @@ class SpeculationStrategy:
         try:
             scores = state.process(target.logits, draft.tokens, counts=draft.counts)
         except JudgeInOrder:
+            if state.processors.plain:
+                raise
             return self._accept_in_order(state, draft, target)
         counts = draft.counts_on_device
         if state.do_sample:
@@ -283,7 +290,13 @@ class SpeculationStrategy:
             draft = self.propose(state)
         with state.timed("verify"):
             target = self.verify(state, draft)
-        return self.accept(state, draft, target)
+        if not state.processors.plain:
+            try:
+                return self.accept(state, draft, target)
+            except JudgeInOrder:
+                pass  # nothing is drafted from here on
+        hidden = None if target.hidden is None else target.hidden[:, :1]
+        return self.accept(state, Draft.empty(state), Forward(target.logits[:, :1], hidden))
 
     def commit(self, state: DecodingState, kept: list[int]) -> None:
         """Make the caches hold what was emitted: every token but the newest, which is fed next.

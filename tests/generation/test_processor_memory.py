@@ -210,9 +210,19 @@ def alternating():
             yield pytest.param(strategy, kind, marks=[] if first else FULL)
 
 
-def test_what_turns_out_not_to_be_copied_where_drafts_can_not_be_judged_one_by_one():
+@pytest.mark.parametrize("strategy", BASES)
+def test_what_turns_out_not_to_be_copied(strategy):
+    """Where drafts can't be judged one by one, or a criterion may cut them, the call goes on with plain steps."""
+    for rows in (1, 4) if strategy not in ("specbound", "spd") else (1,):
+        same(called(Later, rows, strategy=strategy), called(Later, rows))
+    criteria = [Stop()]
+    found, wanted = (called(Later, 1, strategy=name, stopping_criteria=criteria) for name in (strategy, None))
+    same(found, wanted)
+
+
+def test_tiers_that_need_drafts_say_so():
     with pytest.raises(ValueError, match=r"`logits_processor` Later .*copied"):
-        called(Later, 1, strategy="diversed")
+        called(Later, 1, strategy="via_sd:safe")
 
 
 @pytest.mark.parametrize("strategy, kind", list(alternating()))

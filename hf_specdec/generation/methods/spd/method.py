@@ -209,6 +209,11 @@ class SPDStrategy(SpeculationStrategy):
         """Whether drafts can be judged one by one: there is one per tick."""
         return True
 
+    @property
+    def can_stop_drafting(self) -> bool:
+        """Whether rounds may go on for processors that need plain steps: a tick judges one token as it is."""
+        return True
+
     @contextmanager
     def session(self, state: DecodingState) -> Iterator[None]:
         """Connect the ranks for one call, and give all of them its result."""

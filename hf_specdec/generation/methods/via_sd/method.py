@@ -86,6 +86,11 @@ class ViaSDStrategy(SpeculationStrategy):
         """Whether drafts can be judged one by one: not by tiers."""
         return not self.config.tiered
 
+    @property
+    def can_stop_drafting(self) -> bool:
+        """Whether rounds may go on without drafts: not those of tiers."""
+        return not self.config.tiered
+
     def setup(self, state: DecodingState) -> None:
         """Prepare the tiers."""
         super().setup(state)
