@@ -484,7 +484,7 @@ MUTANTS = [
     Mutant(
         "what hangs on an instance runs the original",
         "kernels/twin.py",
-        "_rebind(made, module)",
+        "_rebind(made, original, self.made)",
         "pass",
         ("kernels/test_twin.py",),
         ("plain",),
