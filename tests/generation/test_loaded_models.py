@@ -62,11 +62,20 @@ def test_in_training_with_gradient_checkpointing(strategy, llama):
     assert model.training and model.is_gradient_checkpointing
 
 
+@pytest.fixture
+def accelerate():
+    """Accelerate without the state that it keeps for a process, which other tests may have set."""
+    accelerate = pytest.importorskip("accelerate")
+    state = accelerate.state.AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield accelerate
+    state._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("strategy", METHODS)
-def test_accelerates_mixed_precision(strategy, name):
+def test_accelerates_mixed_precision(strategy, name, accelerate):
     """It is hung on the model's forward, so layers that are called by themselves have to be told."""
-    accelerate = pytest.importorskip("accelerate")
     model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(
         copy.deepcopy(families.family(name).model).float(), evaluation_mode=True
     )
