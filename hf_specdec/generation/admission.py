@@ -78,7 +78,7 @@ def give_way(
     asked: Collection[str] = (),
     allowed: dict[str, Any] = ALLOWED,
 ) -> dict[str, Any]:
-    """Put what is allowed in the place of settings that `generation_config` has from the model's `saved` one only.
+    """Replace settings of `generation_config` that come from the model's `saved` one only by what is allowed.
 
     Stock unsets "hybrid" itself, which checkpoints carry whose users never chose it; other values are warned of.
 
@@ -187,7 +187,7 @@ def check_arguments(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> Non
 
 
 def _says_text(model: PreTrainedModel, name: str, value: Any) -> bool:
-    """Whether a model argument only says that all is text, as processors and stock say it."""
+    """Whether a model argument only says that the input is text."""
     if name == "mm_encoder_outputs":
         return not value
     # zeros are text in Gemma-3; other models embed them, or read them as a prefix of mutual attention

@@ -78,9 +78,8 @@ class Emitter:
     def _level(self, result: StepResult) -> None:
         """Cut a step's result to columns that all rows have, for processors that have to see whole columns.
 
-        A row keeps a token whether it was a draft or drawn instead of one, and whether a column comes is decided by
-        the columns before it. So what is left of the other rows is unbiased. To cut a row before the token that it
-        drew after a refusal would keep drafts only.
+        Earlier columns alone decide whether another column comes, so dropping the other rows' later drafts biases
+        nothing. The token that a row drew after a refusal must stay: without it only accepted drafts would be kept.
         """
         state, ends = self.state, []
         for slot, tokens in enumerate(result.tokens.tolist()):
